@@ -1,0 +1,241 @@
+"""The command line: train, evaluate, encode, search, export, doctor. Errors are one line and an exit code of the README."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from embedjax import allocator
+from embedjax.config import Config, File, Retrieval, Sts
+from embedjax.config.errors import ConfigError, EmbedjaxError, nearest
+
+USAGE = """usage: embedjax COMMAND ...
+
+  train CONFIG [--run-dir DIR] [--fresh] [--dry-run] [--FIELD VALUE ...]   train, or go on with a run
+  evaluate MODEL --task sts|retrieval --data FILE [--columns a=b,...]      score a model
+  encode MODEL INPUT OUTPUT                                                texts -> vectors (.npy or .parquet)
+  search MODEL --corpus FILE "query"                                       the texts nearest to a query
+  export MODEL FOLDER [--format sentence-transformers|hf]                  write a folder that others load
+  export FOLDER --check                                                    read it back and compare
+  doctor [FOLDER ...]                                                      this machine, versions, allocator, folders
+
+MODEL is a run folder (newest save; RUN@best, RUN@500), an exported folder, a Hugging Face or sentence-transformers folder, or a
+hub id. `embedjax COMMAND --help` tells more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Trains an experiment, or goes on with the one in its run folder."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    run_dir: Path | None = None
+    """Run folder (default runs/NAME)."""
+    fresh: bool = False
+    """Move an old run in the folder aside and start anew."""
+    dry_run: bool = False
+    """Print the resolved config, shapes, memory and three rows; train nothing."""
+    profile: str = ""
+    """Steps to trace, such as 10:13; the trace lands in the run folder's profile/."""
+
+
+def train(arguments: Sequence[str]) -> None:
+    """train CONFIG [options]"""
+    from embedjax.config.load import from_file
+
+    if not arguments or arguments[0].startswith("-"):
+        config, rest, shown = Config(), list(arguments), "CONFIG"
+        if not {"-h", "--help"} & set(rest):
+            raise ConfigError("train needs a config file: embedjax train CONFIG.py [--FIELD VALUE ...]")
+    else:
+        config, rest, shown = from_file(Path(arguments[0])), list(arguments[1:]), arguments[0]
+        if config.name == "run":
+            config = dataclasses.replace(config, name=Path(arguments[0]).stem)
+    options = tyro.cli(
+        Train, default=Train(config), args=rest, prog=f"embedjax train {shown}", config=(tyro.conf.AvoidSubcommands,)
+    )
+    if options.dry_run:
+        from embedjax.preview import preview
+
+        for line in preview(options.config):
+            print(line, flush=True)
+        return
+    from embedjax.train import train as run
+
+    run(options.config, options.run_dir, fresh=options.fresh, profile=_steps(options.profile))
+
+
+def _steps(text: str) -> range | None:
+    if not text:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 0 < int(first) < int(last)):
+        raise ConfigError(f"--profile is {text!r}; it must be FIRST:LAST, such as 10:13")
+    return range(int(first), int(last))
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """evaluate MODEL --task TASK --data FILE"""
+
+    def command(
+        model: tyro.conf.Positional[str],
+        task: Literal["sts", "retrieval"],
+        data: str,
+        columns: str = "",
+        names: str = "",
+        queries: str = "",
+        corpus: str = "",
+        limit: int = 0,
+    ) -> tuple:
+        """Scores a model.
+
+        Args:
+            model: Run folder, exported folder, Hugging Face or sentence-transformers folder, or hub id.
+            task: sts: correlation with scored pairs; retrieval: ranking of each query's documents.
+            data: File of scored pairs, of query-document pairs, or (with --corpus) of judgements.
+            columns: Ours=theirs, comma-separated: a=sentence1,b=sentence2,score=score for sts;
+                query=question,document=answer for retrieval; query_id=..,document_id=..,relevance=.. for judgements.
+            names: Comma-separated column names of a CSV or TSV file without a header row.
+            queries: With --corpus: file of queries (columns _id, text).
+            corpus: File of documents (columns _id, title, text).
+            limit: At most so many rows; 0 for all.
+        """
+        source = File(data, names=tuple(filter(None, names.split(","))))
+        chosen = _pairs(columns)
+        if task == "sts":
+            made = Sts(source, chosen or {"a": "sentence1", "b": "sentence2", "score": "score"}, limit=limit)
+        else:
+            paired = {"query": "query", "document": "document"}
+            judged = {"query_id": "query-id", "document_id": "corpus-id", "relevance": "score"}
+            if bool(queries) != bool(corpus):
+                raise ConfigError("--queries and --corpus go together")
+            made = Retrieval(
+                source,
+                chosen or (judged if corpus else paired),
+                File(queries) if queries else None,
+                File(corpus) if corpus else None,
+                limit=limit,
+            )
+        return model, made
+
+    name, task = tyro.cli(command, args=arguments, prog="embedjax evaluate")
+    from embedjax.evaluate import tasks
+    from embedjax.load import load
+
+    for key, value in tasks.evaluate(load(name), tasks.prepare((task,))).items():
+        print(f"{key}\t{value:.4f}")
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = {}
+    for part in filter(None, text.split(",")):
+        ours, sign, theirs = part.partition("=")
+        if not (ours and sign and theirs):
+            raise ConfigError(f"--columns holds {part!r}; it must be OURS=THEIRS, such as query=question")
+        pairs[ours] = theirs
+    return pairs
+
+
+def export(arguments: Sequence[str]) -> None:
+    """export MODEL FOLDER | export FOLDER --check"""
+
+    def command(
+        model: tyro.conf.Positional[str],
+        folder: tyro.conf.Positional[str] = "",
+        format: Literal["sentence-transformers", "hf"] = "sentence-transformers",
+        check: bool = False,
+    ) -> tuple:
+        """Writes a folder that others load, and compares it with the model; or checks a folder written before.
+
+        Args:
+            model: The model; with --check the exported folder.
+            folder: Where to write; must not exist or be empty.
+            format: sentence-transformers: encoder, pooling and head, read by sentence-transformers, text-embeddings-inference
+                and vLLM; hf: the bare encoder.
+            check: Read an exported folder in every consumer that is installed and compare with the vectors it was
+                exported with.
+        """
+        return model, folder, format, check
+
+    name, folder, format, check = tyro.cli(command, args=arguments, prog="embedjax export")
+    if check:
+        from embedjax.export import gate
+
+        for consumer, difference in gate.check(Path(name)).items():
+            print(f"{consumer}\t{'not installed' if difference is None else f'largest difference {difference:.1e}'}")
+        return
+    if not folder:
+        raise ConfigError("export needs a folder to write: embedjax export MODEL FOLDER (or export FOLDER --check)")
+    from embedjax.export import export as write
+    from embedjax.load import load
+
+    difference = write(load(name), Path(folder), format)
+    print(f"exported {folder} (largest difference {difference:.1e})")
+
+
+def doctor(arguments: Sequence[str]) -> None:
+    """doctor [FOLDER ...]"""
+
+    def command(folders: tyro.conf.Positional[tuple[str, ...]] = ("runs",)) -> tuple[str, ...]:
+        """Prints devices, versions, the allocator, and whether data and run folders can be used.
+
+        Args:
+            folders: Folders to look at.
+        """
+        return folders
+
+    folders = tyro.cli(command, args=arguments, prog="embedjax doctor")
+    from embedjax.doctor import report
+
+    for what, finding, well in report([Path(folder) for folder in folders]):
+        print(f"{'ok  ' if well else 'look'}  {what:<22} {finding}", flush=True)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "export": export,
+    "doctor": doctor,
+}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs a command and returns its exit code; what went wrong is told in one line on standard error."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    try:
+        if arguments[0] not in COMMANDS:
+            raise ConfigError(f"unknown command {arguments[0]!r}; {nearest(arguments[0], COMMANDS)}")
+        COMMANDS[arguments[0]](arguments[1:])
+    except EmbedjaxError as error:
+        return _fail(str(error), error.code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", 4)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stdout.flush()
+    print(f"embedjax: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def main() -> None:
+    """The command `embedjax`."""
+    allocator.restart()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

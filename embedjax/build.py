@@ -1,0 +1,204 @@
+"""config -> everything a run needs: mesh, data, objectives, optimiser, abstract state, shardings, jitted steps."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from embedjax import objective, optim, sharding, step
+from embedjax.config import Config, Tower
+from embedjax.config.errors import ConfigError
+from embedjax.data.batches import Batches
+from embedjax.data.sources import BadRow, open_source
+from embedjax.data.text import Texts, save_tokenizer, train_wordpiece
+from embedjax.load import make_texts, resolve_tower
+from embedjax.metrics.pace import train_flops
+from embedjax.models import folders
+from embedjax.models.embedder import Embedder, build_embedder
+
+# Rows whose text a "wordpiece" tokenizer is trained on: more changes its pieces little and costs seconds.
+TOKENIZER_ROWS = 20_000
+
+TEXT_COLUMNS = {"anchor", "positive", "negative"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A resolved experiment, ready to train."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    sources: dict[str, Any]
+    texts: dict[str, Texts]
+    batches: Batches
+    embedders: dict[str, Embedder]
+    schedule: Callable
+    tx: optax.GradientTransformation
+    init: Callable[[], tuple[step.TrainState, dict]]
+    abstract: step.TrainState
+    shardings: step.TrainState
+    steps: dict[str, Callable]
+
+
+def resolve(config: Config, known: Config | None = None) -> Config:
+    """The config with every tower resolved; `known` is the same run's config as stored earlier."""
+    if not config.model.towers:
+        raise ConfigError("model.towers is empty; name at least one tower")
+    if not config.data.sets:
+        raise ConfigError("data.sets is empty; name at least one data set")
+    stored = known.model.towers if known else {}
+    towers = {name: resolve_tower(tower, stored.get(name)) for name, tower in config.model.towers.items()}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, towers=towers))
+
+
+def build(config: Config, folder: Path) -> Run:
+    """Everything a resolved config needs, in a run folder that exists. No parameter is made yet."""
+    mesh = sharding.make_mesh(config.mesh)
+    _check_sizes(config, mesh)
+    sources = {task.name: open_source(task.source) for task in config.data.sets}
+    texts = {name: _texts(config, name, tower, sources, folder) for name, tower in config.model.towers.items()}
+    batches = _batches(config, sources, texts, folder)
+    embedders = {name: build_embedder(tower) for name, tower in config.model.towers.items()}
+    objectives = {task.name: objective.make(task, config.model, embedders) for task in config.data.sets}
+    shapes = jax.eval_shape(functools.partial(_random_params, config, embedders))
+    trained_shapes, _ = optim.partition(shapes, config.optim.freeze)
+    tx, schedule = optim.make(config.optim, config.steps, trained_shapes)
+    abstract = jax.eval_shape(functools.partial(step.init_state, tx=tx), trained_shapes)
+    shardings = sharding.shardings(abstract, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    steps = {}
+    for name, made in objectives.items():
+        gradient = step.plain(made) if config.optim.accumulate == 1 else step.accumulated(made, config.optim.accumulate)
+        steps[name] = step.jitted(step.make(gradient, tx, schedule, config.seed), shardings)
+    init = functools.partial(_init, config, embedders, tx, mesh)
+    return Run(config, mesh, sources, texts, batches, embedders, schedule, tx, init, abstract, shardings, steps)
+
+
+def _check_sizes(config: Config, mesh: jax.sharding.Mesh) -> None:
+    size, devices, parts = config.data.batch_size, mesh.size, config.optim.accumulate
+    if size % (devices * parts):
+        raise ConfigError(f"data.batch_size {size} is not divisible by {devices} devices x optim.accumulate {parts}")
+
+
+def _random_params(config: Config, embedders: dict[str, Embedder]) -> dict:
+    """Random parameters of all towers and losses; every tower has a key of its own."""
+    key = jax.random.key(config.seed)
+    towers = {name: embedders[name].init(jax.random.fold_in(key, i)) for i, name in enumerate(sorted(embedders))}
+    losses = {k: v for task in config.data.sets for k, v in objective.loss_params(task).items()}
+    return {"towers": towers, **({"loss": losses} if losses else {})}
+
+
+def _init(config: Config, embedders, tx, mesh) -> tuple[step.TrainState, dict]:
+    """The first state and the constants, each part made where it lives: random ones in a jitted, sharded call, pretrained
+    ones from their folder."""
+    make = functools.partial(_random_params, config, embedders)
+    params = jax.jit(make, out_shardings=sharding.shardings(jax.eval_shape(make), mesh))()
+    for name, tower in config.model.towers.items():
+        if tower.init:
+            read = folders.read_params(folders.resolve(tower.init), tower)
+            params["towers"][name] = sharding.put({"towers": {name: _overlay(params["towers"][name], read)}}, mesh)["towers"][name]
+    trained, constants = optim.partition(params, config.optim.freeze)
+    start = functools.partial(step.init_state, tx=tx)
+    state = jax.jit(start, out_shardings=sharding.shardings(jax.eval_shape(start, trained), mesh))(trained)
+    return state, constants
+
+
+def _overlay(random: dict, read: dict) -> dict:
+    """What the folder holds, and random values for what it does not (a new projection)."""
+    missing = {key: jax.tree.map(np.asarray, value) for key, value in random.items() if key not in read}
+    for key, value in random.get("dense", {}).items():
+        if key not in read.get("dense", {}):
+            missing.setdefault("dense", dict(read.get("dense", {})))[key] = jax.tree.map(np.asarray, value)
+    return {**read, **missing}
+
+
+def _texts(config: Config, name: str, tower: Tower, sources: dict, folder: Path) -> Texts:
+    """The tower's tokenizer, kept in the run folder so that the run stands alone."""
+    kept = folder / "tokenizer" / name
+    if not (kept / "tokenizer.json").exists():
+        assert tower.arch is not None and tower.max_length is not None
+        if tower.tokenizer == "wordpiece":
+            rows = _training_text(config, sources)
+            made = train_wordpiece(rows, tower.arch.vocab_size, lowercase=tower.lowercase)
+            save_tokenizer(made, kept, max_length=tower.max_length, lowercase=tower.lowercase)
+        else:
+            origin = tower.tokenizer or tower.init
+            if not origin:
+                raise ConfigError(f'tower {name!r} has no tokenizer; name one, or use "wordpiece" to train one')
+            texts = make_texts(tower, str(folders.resolve(origin)))
+            save_tokenizer(texts.tokenizer, kept, max_length=tower.max_length, source=folders.resolve(origin))
+    return make_texts(tower, str(kept))
+
+
+def _training_text(config: Config, sources: dict) -> Iterator[str]:
+    """The text columns of evenly spaced training rows."""
+    for task in config.data.sets:
+        source = sources[task.name]
+        stride = max(1, len(source) // TOKENIZER_ROWS)
+        for i in range(0, len(source), stride):
+            try:
+                row = source[i]
+            except BadRow:
+                continue
+            yield from (row[c] for c in task.columns.values() if isinstance(row.get(c), str))
+
+
+def _batches(config: Config, sources: dict, texts: dict[str, Texts], folder: Path) -> Batches:
+    columns = {name.partition("_")[0] for task in config.data.sets for name in task.columns} & TEXT_COLUMNS
+    towers = {column: config.model.tower_of(column) for column in columns}
+    return Batches(
+        config.data,
+        [sources[task.name] for task in config.data.sets],
+        {column: texts[tower] for column, tower in towers.items()},
+        {column: config.model.towers[tower].prompt_for(column) for column, tower in towers.items()},
+        seed=config.seed,
+        steps=config.steps,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        run_folder=folder,
+    )
+
+
+def step_flops(run: Run, columns: Mapping[str, Any]) -> float:
+    """FLOPs of a training step on a batch of these columns; frozen layers count as trained ones."""
+    total = 0.0
+    for name in TEXT_COLUMNS & columns.keys():
+        arch = run.config.model.towers[run.config.model.tower_of(name)].arch
+        assert arch is not None
+        *rows, length = columns[name]["ids"].shape
+        total += train_flops(arch, math.prod(rows), length)
+    return total
+
+
+def shape_name(task: str, columns: Mapping[str, Any]) -> str:
+    """A name for the compiled step of a batch: its task and the shapes of its texts."""
+    return " ".join([task, *("x".join(map(str, columns[name]["ids"].shape)) for name in sorted(TEXT_COLUMNS & columns.keys()))])
+
+
+def summary(run: Run) -> str:
+    """One line on what is about to be trained."""
+    trained = sum(math.prod(x.shape) for x in jax.tree.leaves(run.abstract.params))
+    devices = run.mesh.devices.flat
+    rows = sum(len(source) for source in run.sources.values())
+    shape = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
+    return (
+        f"{trained / 1e6:.1f}M trained parameters, {rows} rows, batch {run.config.data.batch_size}, {run.config.steps} steps, "
+        f"mesh {shape} ({devices[0].platform})"
+    )
+
+
+def compiled(run: Run) -> Iterator[tuple[str, jax.stages.Compiled]]:
+    """Each step of the run compiled ahead, not run: for its memory."""
+    whole = jax.eval_shape(functools.partial(_random_params, run.config, run.embedders))
+    _, frozen = optim.partition(whole, run.config.optim.freeze)
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    constants = jax.tree.map(place, frozen, sharding.shardings(frozen, run.mesh))
+    for task, columns in run.batches.shapes():
+        batch = jax.tree.map(lambda x: place(x, sharding.rows(run.mesh)), columns)
+        yield shape_name(task, columns), run.steps[task].lower(run.abstract, constants, batch).compile()

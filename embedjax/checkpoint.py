@@ -1,0 +1,359 @@
+"""Saves (state, data position, config) of a run through Orbax, asynchronously, and gives back only what is whole.
+
+Knows neither towers nor optimisers: a state is any tree of arrays, addressed by path. A save is a folder:
+
+    <step>/state/                    Orbax, OCDBT; all processes write into it, and it appears by one rename
+    <step>/meta.json                 position, config, metrics; path, shape and type of every array
+    <step>/manifest-0-of-2.json      size and SHA-256 of this process's share of the files above; written last
+
+A save counts once the manifests of all its processes are there. Nothing is removed before its successor counts, so a kill
+at any moment loses the save in flight and no other.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+from jax.experimental import multihost_utils
+
+from embedjax.config.errors import StorageError
+from embedjax.sharding import path_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What is saved beside the arrays."""
+
+    step: int
+    position: int
+    """Where the data order goes on."""
+    config: dict[str, Any]
+    metrics: dict[str, float]
+    arrays: dict[str, dict[str, Any]]
+    """Shape and type by path."""
+
+
+class Checkpoints:
+    """The saves of one run, in a folder made by the first of them.
+
+    `keep` latest ones stay, and the one whose metric `best` is highest. One process (of each rank) writes at a time; any
+    number may read meanwhile. In a run of several processes all of them make each call, on a file system they share.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int = 2, best: str | None = None):
+        self._folder = Path(folder).absolute()
+        self._keep = keep
+        self._metric = best
+        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._thread: threading.Thread | None = None
+        self._error: StorageError | None = None
+        self._damaged: set[int] = set()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self.close()
+        except StorageError as second:
+            if error is None:
+                raise
+            logging.error("%s", second)  # the first error is the one to tell
+
+    def save(
+        self, step: int, state: Any, *, position: int, config: Mapping[str, Any], metrics: Mapping[str, float] | None = None
+    ) -> bool:
+        """Starts a save and returns as soon as the arrays may change; waits for the one before it. False if `step` is saved.
+
+        Metrics that are not finite are left out. Raises StorageError, also for what went wrong in the save before.
+        """
+        self.wait()
+        if _agreed(int(step in self.steps())):
+            return False
+        flat = _flat(state)
+        finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
+        record = Record(step, position, dict(config), finite, {path: _described(x) for path, x in flat.items()})
+        folder = self._folder / str(step)
+        self._begin(folder, record)
+        try:
+            tree = traverse_util.unflatten_dict(flat, sep="/")
+            self._orbax.save(folder / "state", args=ocp.args.PyTreeSave(tree))
+        except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+            raise _failed(folder, error) from error
+        self._thread = threading.Thread(target=self._finish, args=(folder,), name="manifest")
+        self._thread.start()
+        return True
+
+    def restore(self, step: int | None, abstract: Any) -> tuple[Any, Record]:
+        """The state of a step, or of the newest whole one for None, as `abstract` describes it, and its record.
+
+        Leaves of `abstract` with a sharding come back as such arrays, on any number of devices and processes; others in
+        numpy. A damaged save is passed over with a warning. Raises StorageError when none is whole or `step` is damaged,
+        or when the paths, shapes or types are not those saved.
+        """
+        step = self._whole(step)
+        record = self.record(step)
+        flat = _flat(abstract)
+        self._require_fit(record, {path: _described(x) for path, x in flat.items()})
+        read = self._read(step, flat)
+        leaves = [read[path] for path in flat]
+        return jax.tree.unflatten(jax.tree.structure(abstract), leaves), record
+
+    def params_only(self, step: int | None = None) -> tuple[dict, int]:
+        """The parameters as nested dicts of numpy arrays, and their step: that asked for, else the best, else the newest whole
+        one. Raises as `restore` does."""
+        step = self._whole(self.best() if step is None else step)
+        arrays = self.record(step).arrays
+        wanted = {path: _abstract(described) for path, described in arrays.items() if path.startswith("params/")}
+        return traverse_util.unflatten_dict(self._read(step, wanted), sep="/")["params"], step
+
+    def steps(self) -> list[int]:
+        """The steps that are saved: every manifest is there. What they say is verified when a save is read."""
+        return sorted(step for step in self._folders() if step not in self._damaged and _complete(self._folder / str(step)))
+
+    def latest(self) -> int | None:
+        """The newest saved step."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """The saved step with the highest metric, the newest of equals; None if no save has the metric."""
+        scores = [(score, step) for step in self.steps() if (score := self._score(step)) is not None]
+        return max(scores)[1] if scores else None
+
+    def record(self, step: int) -> Record:
+        """What was saved beside the arrays of a step. Raises StorageError if it cannot be read."""
+        file = self._folder / str(step) / "meta.json"
+        try:
+            return Record(**json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise StorageError(f"{file} cannot be read: {_line(error)}") from error
+
+    def wait(self) -> None:
+        """Returns when the save in flight counts, on all processes. Raises StorageError if it failed on any."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        error, self._error = self._error, None
+        if _any(error is not None):
+            raise error or StorageError(f"{self._folder}: another process could not save")
+        if jax.process_index() == 0:
+            self._prune()
+
+    def close(self) -> None:
+        """Waits, then frees Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+    def _begin(self, folder: Path, record: Record) -> None:
+        """The first process makes the step's folder, in place of one that a kill left unfinished or that is damaged."""
+        error = None
+        if jax.process_index() == 0:
+            try:
+                _remove(folder)
+                folder.mkdir(parents=True)
+                (folder / "meta.json").write_text(json.dumps(dataclasses.asdict(record)))
+            except OSError as found:
+                error = found
+        if _any(error is not None):
+            raise _failed(folder, error or "the first process could not make it") from error
+        self._damaged.discard(record.step)
+
+    def _finish(self, folder: Path) -> None:
+        """In a thread: Orbax's commit, then the manifest of this process's share."""
+        try:
+            self._orbax.wait_until_finished()  # returns, on every process, after the rename
+            _write_manifest(folder)
+        except Exception as error:  # whatever it is, the next call must tell of it
+            self._error = _failed(folder, error)
+
+    def _folders(self) -> list[int]:
+        if not self._folder.is_dir():
+            return []
+        return [int(entry.name) for entry in self._folder.iterdir() if entry.name.isdecimal()]
+
+    def _score(self, step: int) -> float | None:
+        try:
+            return self.record(step).metrics.get(self._metric or "")
+        except StorageError:
+            return None
+
+    def _prune(self) -> None:
+        """Removes all but the latest saves and the best. Nothing is in flight here: an unfinished folder is a killed one's."""
+        steps = self.steps()
+        for step in set(self._folders()) - set(steps[-self._keep :]) - {self.best()}:
+            if step not in steps:
+                logging.warning("removing %s: it is damaged or was not saved to the end", self._folder / str(step))
+            _remove(self._folder / str(step))
+
+    def _whole(self, step: int | None) -> int:
+        """`step`, or the newest for None, once verified by all processes."""
+        self.wait()
+        if step is not None:
+            if step not in self.steps():
+                raise StorageError(f"{self._folder} holds no save of step {step}; saved: {self.steps() or 'none'}")
+            if problem := _damage(self._folder / str(step)):
+                raise StorageError(f"step {step}: {problem}")
+            return step
+        while (newest := _agreed(max(self.steps(), default=-1))) >= 0:
+            problem = _damage(self._folder / str(newest))
+            if problem is None:
+                return newest
+            logging.warning("step %d cannot be used, going back to the save before it: %s", newest, problem)
+            self._damaged.add(newest)
+        damaged = f"; damaged: {sorted(self._damaged)}" if self._damaged else ""
+        raise StorageError(f"{self._folder} holds no whole save{damaged}")
+
+    def _require_fit(self, record: Record, wanted: dict[str, dict]) -> None:
+        saved = record.arrays
+        wrong = [
+            f"{path}: saved {_shown(saved.get(path))}, expected {_shown(wanted.get(path))}"
+            for path in sorted(saved.keys() | wanted.keys())
+            if saved.get(path) != wanted.get(path)
+        ]
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise StorageError(f"{self._folder / str(record.step)} does not fit this run: {'; '.join(wrong[:3])}{more}")
+
+    def _read(self, step: int, flat: Mapping[str, Any]) -> dict[str, Any]:
+        """The arrays of these paths, placed as the leaves say."""
+        tree = traverse_util.unflatten_dict(dict(flat), sep="/")
+        how = jax.tree.map(_restore_args, tree)
+        folder = self._folder / str(step) / "state"
+        try:
+            args = ocp.args.PyTreeRestore(item=tree, restore_args=how, partial_restore=True)
+            return traverse_util.flatten_dict(self._orbax.restore(folder, args=args), sep="/")
+        except (OSError, ValueError, KeyError, jax.errors.JaxRuntimeError) as error:
+            raise StorageError(f"{folder} cannot be read: {_line(error)}") from error
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return {path_of(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _described(x: Any) -> dict[str, Any]:
+    return {"shape": list(x.shape), "dtype": str(x.dtype)}
+
+
+def _abstract(described: dict[str, Any]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(described["shape"], jnp.dtype(described["dtype"]))
+
+
+def _shown(described: dict[str, Any] | None) -> str:
+    return f"{described['dtype']} {described['shape']}" if described else "nothing"
+
+
+def _restore_args(x: Any) -> ocp.RestoreArgs:
+    sharding = getattr(x, "sharding", None)
+    if sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=x.shape, dtype=x.dtype)
+
+
+def _any(flag: bool) -> bool:
+    """Whether it holds on any process."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array([flag])).any())
+
+
+def _agreed(number: int) -> int:
+    """The first process's number, on all processes: each sees the shared folder at another moment."""
+    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def _complete(folder: Path) -> bool:
+    found = [file.stem.split("-of-") for file in folder.glob("manifest-*-of-*.json")]
+    return bool(found) and len(found) == int(found[0][1])
+
+
+def _write_manifest(folder: Path) -> None:
+    """Hashes every nth file of a finished save, n processes, and writes this process's manifest in one rename."""
+    index, count = jax.process_index(), jax.process_count()
+    names = _names(folder)
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)} for name in names[index::count]}
+    manifest = folder / f"manifest-{index}-of-{count}.json"
+    temporary = manifest.with_suffix(".tmp")
+    with temporary.open("w") as out:
+        json.dump({"total": len(names), "files": files}, out, indent=1)
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.rename(manifest)
+    for parent in (folder, folder.parent):  # the renames themselves
+        descriptor = os.open(parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _names(folder: Path) -> list[str]:
+    """The files a manifest lists, in an order all processes share."""
+    return ["meta.json", *sorted(str(file.relative_to(folder)) for file in (folder / "state").rglob("*") if file.is_file())]
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a save, None if nothing: its files against its manifests, every nth read by each of n processes."""
+    problem = next(_problems(folder), None)
+    if _any(problem is not None):
+        return problem or f"{folder}: another process found it damaged"
+    return None
+
+
+def _problems(folder: Path) -> Iterator[str]:
+    listed: dict[str, dict] = {}
+    totals = set()
+    for manifest in sorted(folder.glob("manifest-*-of-*.json")):
+        try:
+            content = json.loads(manifest.read_text())
+            listed.update(content["files"])
+            totals.add(content["total"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            yield f"{manifest} cannot be read: {_line(error)}"
+    if totals != {len(listed)}:
+        yield f"{folder}: the manifests list {len(listed)} files of {sorted(totals)}"
+    for name in sorted(listed)[jax.process_index() :: jax.process_count()]:
+        file, wanted = folder / name, listed[name]
+        try:
+            size = file.stat().st_size
+            if size != wanted["bytes"]:
+                yield f"{file} has {size} bytes, {wanted['bytes']} were saved"
+            elif _digest(file) != wanted["sha256"]:
+                yield f"{file} has changed: its SHA-256 is not the one saved"
+        except (OSError, KeyError, TypeError) as error:
+            yield f"{file} cannot be read: {_line(error)}"
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _remove(folder: Path) -> None:
+    """The manifests go first: half removed is not saved."""
+    for manifest in folder.glob("manifest-*"):
+        manifest.unlink()
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _failed(folder: Path, error: Exception | str) -> StorageError:
+    return StorageError(f"{folder} cannot be saved: {_line(error)}")
+
+
+def _line(error: Exception | str) -> str:
+    """An error in one line; the libraries below add pages."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]

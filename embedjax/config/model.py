@@ -1,0 +1,200 @@
+"""What a model is made of: architectures, heads and named towers. Sizes never come from data."""
+
+import dataclasses
+from typing import Literal
+
+from embedjax.config.errors import ConfigError
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+PoolingName = Literal["mean", "cls", "max", "weightedmean", "lasttoken"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+    """The sizes every encoder has; each architecture below adds its own."""
+
+    vocab_size: int = 30522
+    """Rows of the token table (V). The tokenizer must not be larger."""
+    width: int = 768
+    """Width of the residual stream (D)."""
+    depth: int = 12
+    """Number of layers."""
+    heads: int = 12
+    """Attention heads (H); must divide the width."""
+    mlp: int = 3072
+    """Width inside the feed-forward part (F)."""
+    positions: int = 512
+    """Longest sequence, special tokens included."""
+    activation: Activation = "gelu"
+    """Activation of the feed-forward part."""
+    norm_eps: float = 1e-12
+    """Added to the variance in layer normalisation."""
+    dropout: float = 0.0
+    """Dropout of the embeddings and of each part's output."""
+    attention_dropout: float = 0.0
+    """Dropout of the attention probabilities."""
+    init_std: float = 0.02
+    """Standard deviation of random initial weights."""
+    pad_id: int = 0
+    """Token id of padding."""
+
+    def __post_init__(self):
+        for name in ("vocab_size", "width", "depth", "heads", "mlp", "positions"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{type(self).__name__}.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.width % self.heads:
+            raise ConfigError(f"{type(self).__name__}: width {self.width} is not divisible by heads {self.heads}")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{type(self).__name__}.{name} is {getattr(self, name)}; it must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bert(Transformer):
+    """BERT (Devlin et al. 2018): post-norm, learned absolute positions, token types."""
+
+    token_types: int = 2
+    """Rows of the token-type table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Roberta(Transformer):
+    """RoBERTa and XLM-R: BERT whose positions start at pad_id + 1 and count tokens that are not padding."""
+
+    token_types: int = 1
+    """Rows of the token-type table."""
+    pad_id: int = 1
+    """Token id of padding; positions start one after it."""
+    norm_eps: float = 1e-5
+    """Added to the variance in layer normalisation."""
+    model_type: Literal["roberta", "xlm-roberta"] = "roberta"
+    """Name Hugging Face knows the architecture by."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistilBert(Transformer):
+    """DistilBERT (Sanh et al. 2019): BERT without token types."""
+
+    sinusoidal: bool = False
+    """Positions start from sines and cosines (they are trained all the same)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mpnet(Transformer):
+    """MPNet (Song et al. 2020): RoBERTa's positions and one relative position bias shared by all layers."""
+
+    pad_id: int = 1
+    """Token id of padding; positions start one after it."""
+    norm_eps: float = 1e-5
+    """Added to the variance in layer normalisation."""
+    relative_buckets: int = 32
+    """Buckets of the relative position bias."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModernBert(Transformer):
+    """ModernBERT (Warner et al. 2024): pre-norm, RoPE, GeGLU, alternating local and global attention, no biases."""
+
+    vocab_size: int = 50368
+    """Rows of the token table (V). The tokenizer must not be larger."""
+    depth: int = 22
+    """Number of layers."""
+    mlp: int = 1152
+    """Width inside the feed-forward part (F); its input projection is twice as wide."""
+    positions: int = 8192
+    """Longest sequence, special tokens included."""
+    norm_eps: float = 1e-5
+    """Added to the variance in layer normalisation."""
+    pad_id: int = 50283
+    """Token id of padding."""
+    global_every: int = 3
+    """Every so many layers, counted from the first, attend globally."""
+    local_window: int = 128
+    """Width of the window of the other layers: half of it on each side."""
+    global_theta: float = 160000.0
+    """Base of the rotary positions of global layers."""
+    local_theta: float = 10000.0
+    """Base of the rotary positions of local layers."""
+
+
+Architecture = Bert | Roberta | DistilBert | Mpnet | ModernBert
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """A projection of the pooled vector."""
+
+    features: int = 768
+    """Width of the output."""
+    bias: bool = True
+    """Whether it adds a bias."""
+    activation: Literal["tanh", "identity"] = "tanh"
+    """Applied to the output."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """A text tower: architecture, where its weights and tokenizer come from, pooling and head.
+
+    None means "as the folder of `init` says", or the plain default when there is no such folder.
+    """
+
+    arch: Architecture | None = None
+    """Architecture and its sizes; None reads them from `init`."""
+    init: str = ""
+    """Folder or hub id the weights start from; empty for random weights."""
+    tokenizer: str = ""
+    """Folder, tokenizer.json or hub id; empty for that of `init`; "wordpiece" trains one on the run's training text."""
+    pooling: PoolingName | None = None
+    """How token vectors become one vector (default mean)."""
+    include_prompt: bool | None = None
+    """Whether the prompt's tokens are pooled too (default yes)."""
+    dense: tuple[Dense, ...] | None = None
+    """Projections after pooling (default none)."""
+    normalize: bool | None = None
+    """Whether the vector is scaled to length 1 (default yes)."""
+    max_length: int | None = None
+    """Longest text in tokens, special tokens included (default 128, or the folder's)."""
+    prompts: dict[str, str] | None = None
+    """Prompt texts by name, stored with the model."""
+    default_prompt: str | None = None
+    """Name of the prompt put before every text when none is asked for."""
+    lowercase: bool = True
+    """Whether a trained "wordpiece" tokenizer lowercases."""
+    compute: Dtype = "float32"
+    """Type of activations and products; parameters stay float32."""
+    remat: bool = False
+    """Recompute each layer in the backward pass: less memory, about a third more time."""
+    layers: Literal["auto", "scan", "unroll"] = "auto"
+    """How the layers are looped over; auto unrolls on a CPU and scans elsewhere."""
+
+    def __post_init__(self):
+        if self.max_length is not None and self.max_length < 1:
+            raise ConfigError(f"max_length is {self.max_length}; it must be at least 1")
+        if self.arch is None and not self.init:
+            raise ConfigError("a tower needs `arch` (sizes) or `init` (a folder or hub id to start from)")
+
+    def prompt_for(self, column: str) -> str | None:
+        """The prompt's name for a column: "query" for anchors, "document" for the rest where the tower has such, else the
+        default prompt."""
+        name = "query" if column in ("anchor", "query") else "document"
+        return name if name in (self.prompts or {}) else self.default_prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Named towers, and which column each one encodes."""
+
+    towers: dict[str, Tower] = dataclasses.field(default_factory=dict)
+    """Towers by name."""
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Tower of each column, such as {"anchor": "query"}; with one tower every column is its."""
+
+    def tower_of(self, column: str) -> str:
+        """The name of the tower that encodes a column; `negative_2` follows `negative`."""
+        if column in self.columns:
+            return self.columns[column]
+        if len(self.towers) == 1:
+            return next(iter(self.towers))
+        raise ConfigError(f"model.columns names no tower for column {column!r}; it has {sorted(self.columns)}")

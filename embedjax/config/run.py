@@ -1,0 +1,167 @@
+"""The whole experiment: model, data, optimiser, checkpoints, evaluation, export, mesh."""
+
+import dataclasses
+from typing import Literal
+
+from embedjax.config.data import Data, File, Source
+from embedjax.config.errors import ConfigError
+from embedjax.config.model import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Parameters by path that learn at another rate."""
+
+    path: str = ""
+    """Regular expression searched in the parameter's path, such as "towers/text/tokens"."""
+    multiplier: float = 1.0
+    """Factor on the learning rate; 0 holds them still but keeps optimiser state: use `freeze` instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """AdamW with warm-up and decay."""
+
+    learning_rate: float = 2e-5
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the decay after warm-up, to 0 at the last step."""
+    warmup: float = 0.1
+    """Warm-up: a share of the steps if below 1, else a number of steps."""
+    weight_decay: float = 0.01
+    """Decoupled decay; never of norms, biases or the logit scale."""
+    b1: float = 0.9
+    """Adam's decay of the first moment."""
+    b2: float = 0.999
+    """Adam's decay of the second moment."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 for none."""
+    groups: tuple[Group, ...] = ()
+    """Other rates by path; the first match wins."""
+    freeze: tuple[str, ...] = ()
+    """Regular expressions of parameter paths that are not trained: no gradient, no optimiser state."""
+    accumulate: int = 1
+    """Parts the batch is split into, one gradient each, averaged. In-batch negatives then come from a part only."""
+
+    def __post_init__(self):
+        if not self.learning_rate >= 0:
+            raise ConfigError(f"optim.learning_rate is {self.learning_rate}; it must be at least 0")
+        if self.accumulate < 1:
+            raise ConfigError(f"optim.accumulate is {self.accumulate}; it must be at least 1")
+        if not self.warmup >= 0:
+            raise ConfigError(f"optim.warmup is {self.warmup}; it must be at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """When the run is saved."""
+
+    every: int = 1000
+    """Steps between saves; every evaluation and the last step are saved too."""
+    keep: int = 2
+    """Latest saves kept, besides the best by `evaluate.best`."""
+
+    def __post_init__(self):
+        if self.every < 1 or self.keep < 1:
+            raise ConfigError(f"checkpoint.every is {self.every} and keep {self.keep}; both must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sts:
+    """Semantic textual similarity: Spearman and Pearson correlation of cosine and human score."""
+
+    source: Source = dataclasses.field(default_factory=File)
+    """Where the scored pairs come from."""
+    columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"a": "sentence1", "b": "sentence2", "score": "score"})
+    """The source's columns for a, b and score."""
+    name: str = "sts"
+    """Name in the metrics."""
+    limit: int = 0
+    """At most so many rows; 0 for all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval:
+    """Retrieval of each query's own document among all documents of the source, or of a corpus with judgements."""
+
+    source: Source = dataclasses.field(default_factory=File)
+    """Query-document pairs; or, with `corpus`, the judgements."""
+    columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"query": "anchor", "document": "positive"})
+    """The source's columns for query and document; with `corpus`: query_id, document_id and relevance."""
+    queries: File | None = None
+    """Queries, with columns id and text (names in `query_columns`)."""
+    corpus: File | None = None
+    """Documents, with columns id and text (names in `corpus_columns`)."""
+    query_columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"id": "_id", "text": "text"})
+    """Columns of `queries`."""
+    corpus_columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"id": "_id", "title": "title", "text": "text"})
+    """Columns of `corpus`; the title, if named, is put before the text."""
+    name: str = "retrieval"
+    """Name in the metrics."""
+    limit: int = 0
+    """At most so many pairs; 0 for all."""
+
+
+Task = Sts | Retrieval
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """When and on what the model is evaluated during training."""
+
+    every: int = 0
+    """Steps between evaluations; 0 for the end only."""
+    tasks: tuple[Task, ...] = ()
+    """What to evaluate on."""
+    baseline: bool = False
+    """Score the untrained model and BM25 too, and end with a table and three examples."""
+    best: str = ""
+    """Metric that chooses the best save, such as "sts/spearman"; empty for the first task's main metric."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What is written at the end of the run."""
+
+    format: Literal["sentence-transformers", "hf", "none"] = "sentence-transformers"
+    """Folder format; none writes nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices: the batch is split over data x fsdp, parameters over fsdp."""
+
+    data: int = -1
+    """Data-parallel devices; -1 for all that are left."""
+    fsdp: int = 1
+    """Devices the parameters are split over."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    name: str = "run"
+    """Name of the experiment; the default run folder is runs/NAME."""
+    seed: int = 0
+    """Seed of the initial weights, the order of rows and dropout."""
+    steps: int = 1000
+    """Batches to train on."""
+    model: Model = dataclasses.field(default_factory=Model)
+    data: Data = dataclasses.field(default_factory=Data)
+    optim: Optim = dataclasses.field(default_factory=Optim)
+    checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
+    export: Export = dataclasses.field(default_factory=Export)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    writers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Metric writers besides metrics.jsonl and metrics.csv."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+
+    def __post_init__(self):
+        for name in ("steps", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")

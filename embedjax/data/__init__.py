@@ -1,0 +1,1 @@
+"""Records -> numpy batches. Only batches.py imports grain (and so jax)."""

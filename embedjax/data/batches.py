@@ -1,0 +1,212 @@
+"""Rows -> numpy batches of this host, by step, prefetched. The one file that imports grain; it places nothing on devices."""
+
+import dataclasses
+import functools
+import pathlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from embedjax.config import Data
+from embedjax.config.errors import ConfigError, DataError
+from embedjax.data.bad import BadRecords, stand_ins
+from embedjax.data.columns import NUMBERS, Layout, Values, hash_texts, make_layout, read_rows, tower_column
+from embedjax.data.lengths import length_index
+from embedjax.data.order import Order, Rows, Table, make_table
+from embedjax.data.sources import Source
+from embedjax.data.text import Texts
+
+Batch = tuple[str, dict[str, Any]]
+"""(task, columns): the name of the set the rows were drawn from, and a tree of arrays `[B, ...]`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Abstract:
+    """Shape and dtype of an array that is not there; a leaf to jax, which takes it wherever it wants a shape."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class Batches:
+    """The batches of a run. Row order, task and bucket are pure functions of (seed, step, length index), so a data position
+    is one integer, and n processes hold n slices of the same global batch.
+
+    `sources` are the opened sources of `data.sets` in their order. `texts` and `prompts` are keyed by the columns anchor,
+    positive and negative (which serves negative_2, ... too); a prompt is a name, or None for the tower's default.
+    `run_folder` keeps `lengths/` (only with several buckets) and `bad_records.jsonl`; None keeps neither.
+    Raises ConfigError for columns or buckets that do not fit, DataError for missing columns or too little data.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        sources: Sequence[Source],
+        texts: Mapping[str, Texts],
+        prompts: Mapping[str, str | None] | None = None,
+        *,
+        seed: int,
+        steps: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        run_folder: str | pathlib.Path | None = None,
+    ):
+        if data.batch_size % process_count:
+            raise ConfigError(f"data.batch_size {data.batch_size} is not divisible by the {process_count} processes")
+        if not data.sets:
+            raise ConfigError("data.sets is empty; training needs at least one set")
+        counts = {which.name: len(source) for which, source in zip(data.sets, sources, strict=True)}
+        for (name, count), source in zip(counts.items(), sources, strict=True):
+            if count < data.batch_size:
+                raise DataError(f"set {name!r}: {source.name} has {count} rows, fewer than data.batch_size {data.batch_size}")
+        self.data, self.sources, self.texts, self.prompts, self.steps = data, sources, texts, prompts or {}, steps
+        self.layouts = [make_layout(which, source) for which, source in zip(data.sets, sources, strict=True)]
+        self.table = _table(data, self.layouts, texts)
+        folder = pathlib.Path(run_folder) if run_folder is not None else None
+        listing = "bad_records.jsonl" if process_index == 0 else f"bad_records-{process_index}.jsonl"
+        self.bad = BadRecords(folder / listing if folder else None, share=data.bad_share, counts=counts)
+        rows = [Rows(name, count) for name, count in counts.items()]
+        if len(self.table) > 1:
+            rows = self._measured(rows, folder / "lengths" if folder else None, write=process_index == 0)
+        self.order = Order(rows, seed=seed, batch_size=data.batch_size, table=self.table, shuffle=data.shuffle)
+        share = data.batch_size // process_count
+        self._mine = slice(process_index * share, (process_index + 1) * share)
+        self._lock = threading.Lock()
+        self._drawn: set[tuple[int, int]] = set()
+        self._tokens = self._cells = 0
+
+    def _measured(self, rows: list[Rows], folder: pathlib.Path | None, *, write: bool) -> list[Rows]:
+        made = functools.partial(length_index, texts=self.texts, prompts=self.prompts, bad=self.bad, folder=folder, write=write)
+        return [
+            dataclasses.replace(each, lengths=made(each.name, source, layout))
+            for each, source, layout in zip(rows, self.sources, self.layouts, strict=True)
+        ]
+
+    def batch(self, step: int) -> Batch:
+        """This process' rows of the batch of a step. Raises DataError when bad rows are too many. Thread-safe."""
+        draw = self.order.at(step)
+        rows = draw.rows[self._mine]
+        columns = self._assemble(draw.set, draw.bucket, self._read(draw.set, rows))
+        columns["row"] = np.arange(self._mine.start, self._mine.stop, dtype=np.int32)
+        masks = [column["mask"] for column in columns.values() if isinstance(column, dict) and "mask" in column]
+        with self._lock:
+            self._drawn.add((draw.set, draw.bucket))
+            self._tokens += sum(int(mask.sum()) for mask in masks)
+            self._cells += sum(mask.size for mask in masks)
+        return self.data.sets[draw.set].name, columns
+
+    def iterate(self, start: int = 0) -> Iterator[Batch]:
+        """The batches from step `start` to the last, made ahead by threads from now on. Errors come out at their step."""
+        steps = grain.MapDataset.range(start, self.steps).map(self.batch)
+        options = grain.ReadOptions(num_threads=self.data.threads, prefetch_buffer_size=self.data.prefetch)
+        batches = iter(steps.to_iter_dataset(options))
+        batches.start_prefetch()
+        return _drain(batches)
+
+    def rows_of(self, step: int) -> Int[np.ndarray, "B"]:
+        """Row numbers of the global batch in its source, before bad ones are replaced."""
+        return self.order.at(step).rows
+
+    def shapes(self) -> list[tuple[str, dict[str, Any]]]:
+        """(task, columns of `Abstract`) of the global batch, for every set and bucket: what is to be compiled."""
+        result = []
+        for at, layout in enumerate(self.layouts):
+            row: Values = {**dict.fromkeys(layout.texts, "a"), **dict.fromkeys(layout.numbers, 0)}
+            for bucket in range(len(self.table)):
+                columns = self._assemble(at, bucket, [row])
+                columns["row"] = np.zeros(1, np.int32)
+                result.append((self.data.sets[at].name, _abstract(columns, self.data.batch_size)))
+        return result
+
+    def compilations(self) -> int:
+        """How many (task, bucket) pairs were drawn so far: each is compiled once."""
+        return len(self._drawn)
+
+    def padding_share(self) -> float:
+        """Share of padding among the tokens of this process' batches so far; 0 before the first."""
+        with self._lock:
+            return 1 - self._tokens / self._cells if self._cells else 0.0
+
+    def decoded(self, step: int = 0, rows: int = 3) -> list[dict[str, tuple[str, str]]]:
+        """Column -> (raw text, its tokens as the model meets them), of this process' first rows of a step."""
+        draw = self.order.at(step)
+        lengths = self.table[draw.bucket]
+        result = []
+        for values in self._read(draw.set, draw.rows[self._mine][:rows]):
+            shown = {}
+            for name in self.layouts[draw.set].texts:
+                tower, text = tower_column(name), str(values[name])
+                length = lengths[0] if name == "anchor" else lengths[1]
+                column = self.texts[tower].encode([text], length=length, prompt=self.prompts.get(tower))
+                ids = column["ids"][column["mask"]].tolist()
+                shown[name] = (text, self.texts[tower].tokenizer.decode(ids, skip_special_tokens=False))
+            result.append(shown)
+        return result
+
+    def _read(self, at: int, rows: Int[np.ndarray, "b"]) -> list[Values]:
+        """The rows' values in the order given, bad rows replaced. Read in file order, which sources in blocks are fast at."""
+        source, layout, name = self.sources[at], self.layouts[at], self.data.sets[at].name
+        good, bad = read_rows(source, layout, sorted(map(int, rows)))
+        self.bad.read(name, [*good, *bad], bad)
+        for row, error in bad.items():
+            for other in stand_ins(row, len(source)):
+                found, wrong = read_rows(source, layout, [other])
+                self.bad.read(name, [other], wrong)
+                if found:
+                    good[row] = found[other]
+                    break
+            else:
+                raise DataError(f"{error.file}, row {error.row}: {error.reason}; so are the rows tried in its place")
+        return [good[int(row)] for row in rows]
+
+    def _assemble(self, at: int, bucket: int, values: list[Values]) -> dict[str, Any]:
+        """The columns of these rows, but for "row". One call of the tokenizer a column, one for all hard negatives."""
+        layout, (anchor, document) = self.layouts[at], self.table[bucket]
+        columns: dict[str, Any] = {"hash": {}}
+        for name in ("anchor", "positive", "negative"):
+            sources = layout.negatives if name == "negative" else [name]
+            if not sources or name not in layout.texts:
+                continue
+            texts = [str(row[source]) for row in values for source in sources]
+            length = anchor if name == "anchor" else document
+            encoded = self.texts[name].encode(texts, length=length, prompt=self.prompts.get(name))
+            front = (len(values), len(sources)) if name == "negative" else (len(values),)
+            columns[name] = {key: leaf.reshape(*front, *leaf.shape[1:]) for key, leaf in encoded.items()}
+            columns["hash"][name] = hash_texts(texts).reshape(*front, 2)
+        for name in layout.numbers:
+            dtype = np.int32 if name == "label" else np.float32
+            columns[NUMBERS[name]] = np.asarray([row[name] for row in values], dtype)
+        return columns
+
+
+def _table(data: Data, layouts: Sequence[Layout], texts: Mapping[str, Texts]) -> Table:
+    """The buckets, or one of the towers' maxima. Raises ConfigError for a bucket longer than a tower takes."""
+    used = list(dict.fromkeys(tower_column(name) for layout in layouts for name in layout.texts))
+    if unknown := [name for name in used if name not in texts]:
+        raise ConfigError(f"no tower encodes the column {unknown[0]!r}; towers are given for {sorted(texts)}")
+    anchor = texts["anchor"].max_length
+    document = min((texts[name].max_length for name in used if name != "anchor"), default=anchor)
+    for pair in data.buckets:
+        if pair[0] > anchor or pair[1] > document:
+            raise ConfigError(
+                f"data.buckets holds {pair}, but the towers take at most {(anchor, document)} tokens (max_length)"
+            )
+    return make_table(data.buckets or ((anchor, document),))
+
+
+def _abstract(tree: Any, rows: int) -> Any:
+    if isinstance(tree, dict):
+        return {key: _abstract(leaf, rows) for key, leaf in tree.items()}
+    return Abstract((rows, *tree.shape[1:]), tree.dtype)
+
+
+def _drain(batches: grain.DatasetIterator) -> Iterator[Batch]:
+    """Yields until the end or an error, then lets the threads go."""
+    try:
+        yield from batches
+    finally:
+        batches.close()

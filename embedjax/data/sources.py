@@ -1,0 +1,146 @@
+"""Rows by number: opens a config's source, whatever its format, as one sequence that any thread may index. Makes no batches.
+
+source = open_source(config.File("pairs.jsonl.gz"))
+len(source), source[3], source.columns, source.where(3)
+"""
+
+import bisect
+import itertools
+import operator
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+from embedjax import config
+from embedjax.config.errors import ConfigError, DataError, nearest
+from embedjax.data.files import FileInfo, expand, file_info
+from embedjax.data.records import JsonRecords, Parquet, RowGroups, open_tfds
+from embedjax.data.rows import BadRow, Part
+from embedjax.data.tables import JsonLines, PlainText, Table
+
+__all__ = ["BadRow", "FileInfo", "Files", "Source", "manifest", "open_source", "select"]
+
+ENDINGS = {
+    "tsv": "tsv", "tab": "tsv", "csv": "csv", "jsonl": "jsonl", "ndjson": "jsonl", "txt": "text", "text": "text",
+    "parquet": "parquet", "arrayrecord": "arrayrecord", "array_record": "arrayrecord",
+}  # fmt: skip
+SHARD = re.compile(r"-\d+-of-\d+$")
+
+
+class Source(Protocol):
+    """Rows by number. Row i is always the same row, so i may be its id.
+
+    `source[i]` raises BadRow for a row that cannot be decoded and IndexError outside [0, len); both leave the source usable.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+
+    @property
+    def files(self) -> Sequence[FileInfo]:
+        """What it was read from, in order, each with the rows that this source has of it."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> dict[str, object]: ...
+
+    def where(self, i: int, /) -> tuple[str, int]:
+        """The file of row i and its 1-based number there: the line it begins on in a text file, else the record."""
+        ...
+
+
+class Files:
+    """The rows of one or more files, one after the other, as a Source."""
+
+    def __init__(self, name: str, parts: Sequence[Part]):
+        self.name, self.parts = name, tuple(parts)
+        self.ends = list(itertools.accumulate(map(len, self.parts)))
+        self.columns = self.parts[0].columns
+        self.files = tuple(file_info(part.path, len(part)) for part in self.parts)
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, i: int) -> dict[str, object]:
+        part, at = self._find(i)
+        return part[at]
+
+    def where(self, i: int) -> tuple[str, int]:
+        part, at = self._find(i)
+        return part.path, part.place(at)
+
+    def _find(self, i: int) -> tuple[Part, int]:
+        i = operator.index(i)
+        if not 0 <= i < self.ends[-1]:
+            raise IndexError(f"{self.name}: row {i} of {len(self)}")
+        n = bisect.bisect_right(self.ends, i)
+        return self.parts[n], i - (self.ends[n - 1] if n else 0)
+
+
+def open_source(source: config.Source) -> Source:
+    """Open what a config names. DataError for what is missing, empty or corrupt; ConfigError for a wrong setting."""
+    match source:
+        case config.File():
+            return Files(source.path, _open_files(source))
+        case config.Tfds():
+            return Files(f"{source.name}:{source.split}", open_tfds(source))
+        case config.Functions():
+            from embedjax.data.builtin import open_functions
+
+            return open_functions(source)  # pyright: ignore[reportReturnType] (its `files` is a cached property)
+
+
+def select(source: Source, columns: dict[str, str], what: str) -> None:
+    """Check that `columns` (ours -> the source's) exist; DataError names `what`, the nearest name and those found."""
+    for ours, theirs in columns.items():
+        if theirs not in source.columns:
+            hint = nearest(theirs, source.columns)
+            found = "" if hint.startswith("known") else f" found: {', '.join(source.columns)}"
+            raise DataError(f"{what}: {source.name} has no column {theirs!r} (for {ours!r}); {hint}{found}")
+
+
+def manifest(source: Source) -> list[dict[str, object]]:
+    """What the source was made of: file, bytes, sha256 and rows of each file. Reads every file once."""
+    return [{"file": f.path, "bytes": f.size, "sha256": f.sha256, "rows": f.rows} for f in source.files]
+
+
+def _open_files(source: config.File) -> list[Part]:
+    paths = expand(source.path)
+    formats = {_format(path) if source.format == "auto" else source.format for path in paths}
+    if len(formats) > 1:
+        raise DataError(f"{source.path}: matches files of the formats {', '.join(sorted(formats))}; name one kind")
+    kind = formats.pop()
+    if source.names and kind not in ("tsv", "csv"):
+        raise ConfigError(f"{source.path}: names is for TSV and CSV files; this is {kind}")
+    cache = RowGroups()
+    openers = {
+        "tsv": lambda path: Table(path, delimiter="\t", names=source.names),
+        "csv": lambda path: Table(path, delimiter=",", names=source.names),
+        "jsonl": JsonLines,
+        "text": PlainText,
+        "parquet": lambda path: Parquet(path, cache),
+        "arrayrecord": JsonRecords,
+    }
+    parts: list[Part] = [openers[kind](path) for path in paths]
+    for part in parts if kind in ("tsv", "csv", "parquet") else ():
+        if set(part.columns) != set(parts[0].columns):
+            raise DataError(
+                f"{part.path}: columns {', '.join(part.columns)}; {parts[0].path} has {', '.join(parts[0].columns)}"
+            )
+    return parts
+
+
+def _format(path: str) -> str:
+    """The format that a file name's ending tells, .gz and shard numbers aside."""
+    name = SHARD.sub("", re.split(r"[\\/]", path)[-1])
+    ending = name.removesuffix(".gz").rpartition(".")[2].lower()
+    kind = ENDINGS.get(ending)
+    if kind is None:
+        raise ConfigError(
+            f"{path}: the ending tells no format; set format to one of {', '.join(sorted(set(ENDINGS.values())))}"
+        )
+    return kind

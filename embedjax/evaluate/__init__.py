@@ -1,0 +1,1 @@
+"""Parameters -> numbers: encoding, exact retrieval, metrics, and the tasks made of them. Trains and exports nothing."""

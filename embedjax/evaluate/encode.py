@@ -1,0 +1,214 @@
+"""Texts -> vectors on the mesh: tokens sorted by length into a few compiled shapes, dispatched ahead of the device.
+
+Reads and writes no files (`files.py` does) and knows nothing of what the vectors are for.
+"""
+
+import collections
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh as DeviceMesh
+from jax.sharding import NamedSharding
+from jaxtyping import Float, Int
+
+from embedjax import config, sharding
+from embedjax.config.errors import ConfigError, NonFiniteError
+from embedjax.load import Model
+from embedjax.models.embedder import Embedder
+
+Columns = dict[str, np.ndarray]
+T = TypeVar("T")
+
+# Tokens of a device's batch. A CPU's caches want it small, an accelerator's matrix units large.
+TOKENS_PER_BATCH = {"cpu": 2048}
+TOKENS_PER_BATCH_ACCELERATOR = 65536
+# Batches whose results are not fetched yet: enough to keep the device busy, few enough to bound memory.
+IN_FLIGHT = 4
+# Numbers of a block of padded token ids on the host.
+BLOCK_TOKENS = 1 << 22
+
+
+def encode(
+    model: Model,
+    texts: Sequence[str],
+    *,
+    column: str = "text",
+    prompt: str | None = None,
+    mesh: DeviceMesh | None = None,
+    tokens_per_batch: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float[np.ndarray, "N E"]:
+    """One vector a text, in the texts' order, float32.
+
+    `column` says which tower encodes them where a model has several ("anchor", "positive"), `prompt` names one of the
+    model's prompts, `tokens_per_batch` is meant for each device, `progress(done, total)` is called as rows arrive.
+    Without a mesh the rows follow the parameters: over the mesh they are on, else on one device.
+    Raises ConfigError for an unknown column or prompt, NonFiniteError for a vector that is not finite.
+    """
+    if isinstance(texts, str):
+        raise ConfigError("encode takes a list of texts, not one string; write [text]")
+    encoder = Encoder(model, column=column, prompt=prompt, mesh=mesh, tokens_per_batch=tokens_per_batch)
+    starts = range(0, len(texts), encoder.block)
+    blocks = (encoder.tokenize(texts[start : start + encoder.block]) for start in starts)
+    out = np.empty((len(texts), encoder.width), np.float32)
+    report = (lambda done: progress(done, len(texts))) if progress else None
+    for start, vectors in zip(starts, encoder.stream(blocks, progress=report), strict=True):
+        out[start : start + len(vectors)] = vectors
+    return out
+
+
+class Encoder:
+    """One tower of a model on a mesh, for any number of blocks of texts."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        column: str = "text",
+        prompt: str | None = None,
+        mesh: DeviceMesh | None = None,
+        tokens_per_batch: int | None = None,
+    ):
+        tower = model.config.tower_of(column)
+        params = model.params["towers"][tower]
+        self.texts, self.prompt, self.mesh = model.texts[tower], prompt, mesh or mesh_of(params)
+        self.params = jax.tree.map(lambda leaf: _on(self.mesh, leaf), params)
+        self.width = model.embedders[tower].width
+        self.forward = _forward(model.embedders[tower], self.mesh)
+        platform = self.mesh.devices.flat[0].platform
+        self.tokens = tokens_per_batch or TOKENS_PER_BATCH.get(platform, TOKENS_PER_BATCH_ACCELERATOR)
+        self.block = int(np.clip(BLOCK_TOKENS // self.texts.max_length, 256, 16384))
+
+    def tokenize(self, texts: Sequence[str]) -> Columns:
+        """At most `block` texts as padded arrays `[N L]`."""
+        return self.texts.encode(texts, prompt=self.prompt)
+
+    def embed(self, columns: Columns, advance: Callable[[int], None] = lambda rows: None) -> Float[np.ndarray, "N E"]:
+        """Vectors of a tokenized block; `advance(rows)` is called as rows arrive. Raises NonFiniteError."""
+        lengths = columns["mask"].sum(1)
+        out = np.empty((len(lengths), self.width), np.float32)
+        pending: collections.deque[tuple[np.ndarray, jax.Array]] = collections.deque()
+
+        def fetch() -> None:
+            rows, vectors = pending.popleft()
+            out[rows] = np.asarray(vectors)[: len(rows)]
+            if not np.isfinite(out[rows]).all():
+                raise NonFiniteError("the model gives vectors that are not finite; its weights hold NaN, or overflow")
+            advance(len(rows))
+
+        for rows, shape in plan(lengths, self.texts.max_length, self.tokens, self.mesh.size):
+            pending.append((rows, self.forward(self.params, self._place(_padded(columns, rows, shape)))))
+            if len(pending) > IN_FLIGHT:
+                fetch()
+        while pending:
+            fetch()
+        return out
+
+    def stream(
+        self, blocks: Iterable[Columns], *, progress: Callable[[int], None] | None = None
+    ) -> Iterator[Float[np.ndarray, "N E"]]:
+        """Vectors of each block, in order; the next block is made (tokenized) while the device works on this one."""
+        done = 0
+
+        def advance(rows: int) -> None:
+            nonlocal done
+            done += rows
+            if progress:
+                progress(done)
+
+        for columns in ahead(blocks):
+            yield self.embed(columns, advance)
+
+    def _place(self, columns: Columns) -> dict[str, jax.Array]:
+        rows = sharding.rows(self.mesh)
+        return {name: jax.make_array_from_callback(x.shape, rows, lambda at, x=x: x[at]) for name, x in columns.items()}
+
+
+def plan(
+    lengths: Int[np.ndarray, " N"], longest: int, tokens: int, devices: int
+) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
+    """(row numbers, (rows, length) of the padded batch), longest rows first.
+
+    From the longest down every batch is full, so there is one shape a bucket, plus one for the last batch, whose rows are
+    halved while half would do. Rows are a multiple of the number of devices; no batch is longer than `longest`.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        length = min(bucket(int(lengths[order[start]])), longest)
+        each = max(1, tokens // length)
+        while each > 1 and len(order) - start <= each // 2 * devices:
+            each //= 2
+        yield order[start : start + each * devices], (each * devices, length)
+        start += each * devices
+
+
+def bucket(length: int) -> int:
+    """Lengths are padded to multiples of 8 up to 64, then of 32."""
+    step = 8 if length <= 64 else 32
+    return max(8, -(-length // step) * step)
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, the next one made in a thread while the caller works on this one."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(next, iterator, end)
+        while (item := future.result()) is not end:
+            future = pool.submit(next, iterator, end)
+            yield item  # type: ignore[misc]
+
+
+def mesh_of(tree: Any) -> DeviceMesh:
+    """The mesh that parameters are on; for those on one device, or on the host, a mesh of one device."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array):
+            if isinstance(leaf.sharding, NamedSharding) and isinstance(leaf.sharding.mesh, DeviceMesh):
+                return leaf.sharding.mesh
+            return sharding.make_mesh(config.Mesh(), [next(iter(leaf.devices()))])
+    return sharding.make_mesh(config.Mesh(), jax.local_devices()[:1])
+
+
+def fingerprint(model: Model, column: str = "text") -> str:
+    """SHA-256 of all that decides a column's vectors: weights, architecture and head, tokenizer, prompts."""
+    tower = model.config.tower_of(column)
+    texts, embedder = model.texts[tower], model.embedders[tower]
+    said = (embedder, texts.max_length, sorted(texts.prompts.items()), texts.default_prompt, texts.include_prompt)
+    digest = hashlib.sha256(repr(said).encode())
+    digest.update(texts.tokenizer.to_str().encode())
+    leaves = jax.tree_util.tree_leaves_with_path(model.params["towers"][tower])
+    for path, leaf in sorted(leaves, key=lambda item: sharding.path_of(item[0])):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{sharding.path_of(path)} {array.shape} {array.dtype}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def _padded(columns: Columns, rows: np.ndarray, shape: tuple[int, int]) -> Columns:
+    """Some rows as a batch of a given shape. Rows of padding attend to one token, so that their means are finite."""
+    count, length = shape
+    kept = min(length, columns["ids"].shape[1])
+    batch = {name: np.zeros(shape, x.dtype) for name, x in columns.items()}
+    for name, x in columns.items():
+        batch[name][: len(rows), :kept] = x[rows, :kept]
+        if x.dtype == bool:
+            batch[name][len(rows) :, 0] = True
+    return batch
+
+
+def _on(mesh: DeviceMesh, leaf: Any) -> jax.Array:
+    if isinstance(leaf, jax.Array) and leaf.sharding.device_set == set(mesh.devices.flat):
+        return leaf
+    array = np.asarray(leaf)
+    return jax.make_array_from_callback(array.shape, sharding.replicated(mesh), lambda at: array[at])
+
+
+@functools.lru_cache(maxsize=64)
+def _forward(embedder: Embedder, mesh: DeviceMesh) -> Callable[[Any, Any], jax.Array]:
+    """Compiled once a shape for all calls with equal embedders. Vectors are replicated, so that every host reads them."""
+    return jax.jit(lambda params, column: embedder.apply(params, column).pooled, out_shardings=sharding.replicated(mesh))

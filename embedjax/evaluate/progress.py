@@ -1,0 +1,62 @@
+"""How far a long job over rows is: a bar on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Display:
+    """A context that is called with (rows done, all rows); rows done at the first call do not count towards the rate."""
+
+    def __init__(self, what: str, out: TextIO | None = None):
+        self.what, self.out = what, out or sys.stderr
+        self.first: int | None = None
+        self.started = self.told = 0.0
+        self.bar: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if self.out.isatty():
+            parts = (
+                TextColumn(self.what),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+            )
+            self.bar = Progress(*parts, console=Console(file=self.out))
+            self.task = self.bar.add_task(self.what, total=None, rate="")
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first, self.started, self.told = done, now, now
+        rate = (done - self.first) / max(now - self.started, 1e-9)
+        if self.bar:
+            self.bar.update(self.task, completed=done, total=total, rate=f"{rate:,.0f}/s" if done > self.first else "")
+        elif done == total or now - self.told >= SECONDS_BETWEEN_LINES:
+            self.told = now
+            left = f", {duration((total - done) / rate)} left" if rate and done < total else ""
+            print(
+                f"{self.what}: {done:,} of {total:,} ({done / max(total, 1):.0%}), {rate:,.0f}/s{left}",
+                file=self.out,
+                flush=True,
+            )
+
+
+def duration(seconds: float) -> str:
+    """`1h 02m`, `3m 20s` or `12s`."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m {whole % 60:02d}s" if whole >= 60 else f"{whole}s"

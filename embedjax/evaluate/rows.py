@@ -1,0 +1,61 @@
+"""Rows of a source as checked values: what an evaluation or an encoding may not pass over is told with its file and row."""
+
+import math
+from collections.abc import Iterator
+
+from embedjax.config.errors import ConfigError, DataError, nearest
+from embedjax.data.sources import BadRow, Source
+
+
+def text_column(source: Source, column: str | None) -> str:
+    """The column of texts: the one asked for, else `text`, else the only one. Raises ConfigError, DataError."""
+    if column is not None:
+        if column not in source.columns:
+            hint = nearest(column, source.columns)
+            raise DataError(f"{source.name} has no column {column!r}; found: {', '.join(source.columns)} ({hint})")
+        return column
+    if "text" in source.columns or len(source.columns) == 1:
+        return "text" if "text" in source.columns else source.columns[0]
+    raise ConfigError(f"{source.name} has the columns {', '.join(source.columns)}; say which holds the texts (--column)")
+
+
+def text_at(source: Source, row: int, column: str) -> str:
+    """A text that is not empty. Raises BadRow, a DataError."""
+    if not (text := string_at(source, row, column)).strip():
+        raise BadRow(*source.where(row), f"column {column!r} is empty")
+    return text
+
+
+def string_at(source: Source, row: int, column: str) -> str:
+    """A text, which may be empty. Raises BadRow."""
+    value = source[row].get(column)
+    if not isinstance(value, str):
+        found = "missing" if value is None else f"{type(value).__name__}, not text"
+        raise BadRow(*source.where(row), f"column {column!r} is {found}")
+    return value
+
+
+def key_at(source: Source, row: int, column: str) -> str:
+    """An identifier, text or whole number, as text. Raises BadRow."""
+    value = source[row].get(column)
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        found = "missing or empty" if value is None or value == "" else f"{type(value).__name__}, not an identifier"
+        raise BadRow(*source.where(row), f"column {column!r} is {found}")
+    return str(value)
+
+
+def number_at(source: Source, row: int, column: str) -> float:
+    """A finite number. Raises BadRow."""
+    value = source[row].get(column)
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise BadRow(*source.where(row), f"column {column!r} is {value!r:.40}, not a number") from None
+    if not math.isfinite(number):
+        raise BadRow(*source.where(row), f"column {column!r} is {value!r:.40}; it must be finite")
+    return number
+
+
+def texts_of(source: Source, column: str, start: int = 0, stop: int | None = None) -> Iterator[str]:
+    """The texts of some rows, none empty. Raises BadRow."""
+    return (text_at(source, row, column) for row in range(start, len(source) if stop is None else stop))

@@ -1,0 +1,81 @@
+"""What a ranking or a similarity is worth: pure numpy, after trec_eval's conventions.
+
+A ranking is row numbers of documents, best first, -1 where there is none; judgements give each query's {document: relevance}.
+Relevance above 0 is relevant. A query whose judgements hold nothing relevant scores 0 everywhere. Every function of gains
+returns one float64 a query.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+Gains = Float[np.ndarray, "Q K"]
+PerQuery = Float[np.ndarray, " Q"]
+
+
+def gains_of(ranked: Int[np.ndarray, "Q K"], judgements: Sequence[Mapping[int, float]]) -> Gains:
+    """The relevance of each ranked document; 0 where it is not judged, or below 0."""
+    rows = zip(ranked.tolist(), judgements, strict=True)
+    gains = [[max(0.0, judged.get(document, 0.0)) for document in row] for row, judged in rows]
+    return np.array(gains, np.float64).reshape(ranked.shape)
+
+
+def ideal_gains(judgements: Sequence[Mapping[int, float]]) -> Gains:
+    """The relevances of each query's judged documents, highest first, zeros after them."""
+    out = np.zeros((len(judgements), max([1, *map(len, judgements)])))
+    for row, judged in zip(out, judgements, strict=True):
+        row[: len(judged)] = sorted((max(0.0, gain) for gain in judged.values()), reverse=True)
+    return out
+
+
+def ndcg_at(gains: Gains, ideal: Gains, k: int) -> PerQuery:
+    """Normalised discounted cumulative gain: gain = relevance, discount log2(rank + 1) (Jarvelin and Kekalainen 2002)."""
+    discount = lambda part: part @ (1 / np.log2(np.arange(2, part.shape[1] + 2)))
+    return _ratio(discount(gains[:, :k]), discount(ideal[:, :k]))
+
+
+def mrr_at(gains: Gains, k: int) -> PerQuery:
+    """1 / rank of the first relevant document among the first k, else 0."""
+    hit = gains[:, :k] > 0
+    return np.where(hit.any(1), 1 / (hit.argmax(1) + 1), 0.0)
+
+
+def map_at(gains: Gains, ideal: Gains, k: int) -> PerQuery:
+    """Average precision cut at k: the precisions at the relevant ranks, over the number of all relevant documents."""
+    hit = gains[:, :k] > 0
+    precision = hit.cumsum(1) / np.arange(1, hit.shape[1] + 1)
+    return _ratio((precision * hit).sum(1), (ideal > 0).sum(1))
+
+
+def recall_at(gains: Gains, ideal: Gains, k: int) -> PerQuery:
+    """The share of all relevant documents that is among the first k."""
+    return _ratio((gains[:, :k] > 0).sum(1), (ideal > 0).sum(1))
+
+
+def precision_at(gains: Gains, k: int) -> PerQuery:
+    """The share of the first k that is relevant; missing ranks count as not relevant."""
+    return (gains[:, :k] > 0).sum(1) / k
+
+
+def pearson(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> float:
+    """Pearson's correlation; NaN when either is constant."""
+    x, y = (np.asarray(v, np.float64) - np.mean(v, dtype=np.float64) for v in (x, y))
+    scale = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / scale) if scale > 0 else float("nan")
+
+
+def spearman(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> float:
+    """Pearson's correlation of the ranks, equal values sharing the mean of theirs; NaN when either is constant."""
+    return pearson(average_ranks(x), average_ranks(y))
+
+
+def average_ranks(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """1 for the smallest; equal values share the mean of their ranks."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum()
+    return (last - (counts - 1) / 2)[which]
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return np.divide(above, below, out=np.zeros(len(above)), where=below > 0)

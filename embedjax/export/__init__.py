@@ -1,0 +1,74 @@
+"""A model -> a folder that others load, with a parity gate."""
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from embedjax.config.errors import ConfigError, StorageError, nearest
+from embedjax.data.text import save_tokenizer
+from embedjax.export import card, gate
+from embedjax.load import Model
+from embedjax.models import folders
+from embedjax.models.embedder import build_embedder
+
+log = logging.getLogger(__name__)
+
+FORMATS = {"sentence-transformers": folders.write_sentence_transformers, "hf": folders.write_hf}
+
+
+def export(
+    model: Model,
+    folder: Path,
+    format: str = "sentence-transformers",
+    *,
+    texts: Sequence[str] = (),
+    scores: Mapping[str, float] | None = None,
+    replace: bool = False,
+) -> float:
+    """Writes the model's tower as a folder and compares it with the model on at least 256 texts, among them `texts`.
+
+    "sentence-transformers" is the legacy spelling every server reads; "hf" the bare encoder, tokenizer and config. The folder
+    is put in place whole, after the gate. Returns the largest difference; raises CheckFailed above 1e-4, StorageError when the
+    folder exists (unless `replace`), ConfigError for an unknown format or a model of several towers.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"unknown export format {format!r}; {nearest(format, FORMATS)}")
+    if len(model.config.towers) != 1:
+        raise ConfigError(f"{format} holds one tower; this model has {sorted(model.config.towers)}")
+    if folder.exists() and not replace and any(folder.iterdir()):
+        raise StorageError(f"{folder}: exists and is not empty; choose another folder")
+    (name, tower), part = next(iter(model.config.towers.items())), folder.with_name(folder.name + ".partial")
+    shutil.rmtree(part, ignore_errors=True)
+    params = jax.tree.map(np.asarray, model.params["towers"][name])
+    write_tokenizer = lambda where: save_tokenizer(
+        model.texts[name].tokenizer, where, max_length=tower.max_length, lowercase=tower.lowercase, source=tower.tokenizer or None
+    )
+    FORMATS[format](part, tower, params, write_tokenizer=write_tokenizer)
+    (part / "README.md").write_text(card.card(model, folder.name, scores))
+    difference = gate.write(_headless(model) if format == "hf" else model, part, texts)
+    if folder.exists():
+        shutil.rmtree(folder)
+    part.rename(folder)
+    log.info("exported %s, largest difference %.1e", folder, difference)
+    return difference
+
+
+def _headless(model: Model) -> Model:
+    """The model as a reader of a bare encoder has it: mean pooling, length 1, no projection, no prompts."""
+    (name, tower), params = next(iter(model.config.towers.items())), dict(model.params["towers"])
+    plain = dataclasses.replace(
+        tower, pooling="mean", dense=(), normalize=True, prompts={}, default_prompt=None, include_prompt=True
+    )
+    params[name] = {"encoder": params[name]["encoder"]}
+    return dataclasses.replace(
+        model,
+        config=dataclasses.replace(model.config, towers={name: plain}),
+        embedders={name: build_embedder(plain)},
+        params={"towers": params},
+        texts={name: dataclasses.replace(model.texts[name], prompts={}, default_prompt=None, include_prompt=True)},
+    )

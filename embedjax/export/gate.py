@@ -1,0 +1,90 @@
+"""The parity gate: the exported folder, read back, must give the vectors of the model it was written from."""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from embedjax.config.errors import CheckFailed, ConfigError
+from embedjax.data.text import Texts
+from embedjax.evaluate.encode import encode
+from embedjax.load import Model, load
+
+TOLERANCE = 1e-4
+TEXTS = 256
+
+
+def sample_texts(texts: Texts, count: int = TEXTS, seed: int = 0) -> list[str]:
+    """Texts of 1 token to beyond the tower's maximum, decoded from random ids of the tokenizer, so that any model has them."""
+    rng = np.random.default_rng(seed)
+    size = texts.tokenizer.get_vocab_size()
+    lengths = rng.integers(1, texts.max_length + 8, count)
+    lengths[0], lengths[-1] = 1, texts.max_length + 8
+    decoded = [texts.tokenizer.decode(rng.integers(0, size, n).tolist()) for n in lengths]
+    return [text if text.strip() else "text" for text in decoded]
+
+
+def write(model: Model, folder: Path, texts: Sequence[str] = ()) -> float:
+    """Compares the folder with the model on at least 256 texts and leaves the texts and vectors in it as its reference.
+
+    Raises CheckFailed when a component differs by more than 1e-4. Returns the largest difference.
+    """
+    name = next(iter(model.texts))
+    chosen = list(texts[: TEXTS // 2])
+    chosen += sample_texts(model.texts[name], TEXTS - len(chosen))
+    wanted = encode(model, chosen)
+    found = encode(load(folder), chosen)
+    difference = _difference(wanted, found)
+    save_file({"vectors": wanted}, folder / "parity.safetensors")
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    record = {"texts": chosen, "max_difference": difference, "tolerance": TOLERANCE, "model_sha256": digest}
+    (folder / "parity.json").write_text(json.dumps(record, indent=1, ensure_ascii=False))
+    _judge(folder, "embedjax", difference)
+    return difference
+
+
+def check(folder: Path) -> dict[str, float | None]:
+    """Largest difference of each consumer from the vectors the folder was exported with; None for one not installed.
+
+    Raises ConfigError when the folder carries no reference, CheckFailed when a consumer differs too much.
+    """
+    try:
+        record = json.loads((folder / "parity.json").read_text())
+        wanted = load_file(folder / "parity.safetensors")["vectors"]
+        texts = record["texts"]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ConfigError(f"{folder}: no parity.json and parity.safetensors to check against ({error})") from error
+    found: dict[str, float | None] = {name: reader(folder, texts, wanted) for name, reader in CONSUMERS.items()}
+    for name, difference in found.items():
+        if difference is not None:
+            _judge(folder, name, difference)
+    return found
+
+
+def _judge(folder: Path, consumer: str, difference: float) -> None:
+    if not difference <= TOLERANCE:
+        raise CheckFailed(f"{folder}: vectors read by {consumer} differ by {difference:.1e}; at most {TOLERANCE:.0e} is allowed")
+
+
+def _difference(wanted: np.ndarray, found: np.ndarray) -> float:
+    return float(np.abs(wanted - found).max()) if wanted.shape == found.shape else float("inf")
+
+
+def _embedjax(folder: Path, texts: list[str], wanted: np.ndarray) -> float:
+    return _difference(wanted, encode(load(folder), texts))
+
+
+def _sentence_transformers(folder: Path, texts: list[str], wanted: np.ndarray) -> float | None:
+    if importlib.util.find_spec("sentence_transformers") is None or not (folder / "modules.json").exists():
+        return None
+    from sentence_transformers import SentenceTransformer  # pyright: ignore[reportMissingImports]
+
+    return _difference(wanted, SentenceTransformer(str(folder), device="cpu").encode(texts, show_progress_bar=False))
+
+
+CONSUMERS = {"embedjax": _embedjax, "sentence-transformers": _sentence_transformers}

@@ -1,0 +1,168 @@
+"""MODEL -> embedders, parameters and tokenizers: a run folder, an exported or Hugging Face folder, or a hub id."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from embedjax import config as configs
+from embedjax.checkpoint import Checkpoints
+from embedjax.config import Tower, serialize
+from embedjax.config.errors import ConfigError, StorageError
+from embedjax.data.text import Texts, load_tokenizer
+from embedjax.models import folders
+from embedjax.models.embedder import Embedder, build_embedder
+from embedjax.objective import combine
+
+MAIN_METRIC = {configs.Sts: "spearman", configs.Retrieval: "ndcg@10"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model ready to encode.
+
+    `params` is `{"towers": {name: ...}}` on the host or on devices; `texts` turns strings into ids, a tower each; `origin`
+    says where it came from, and `details` holds what is known of its training (run config, scores).
+    """
+
+    config: configs.Model
+    embedders: Mapping[str, Embedder]
+    params: Mapping[str, Any]
+    texts: Mapping[str, Texts]
+    origin: str
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def encode(self, texts, **options) -> np.ndarray:
+        """Vectors [N E] of N texts; the options are those of `embedjax.evaluate.encode.encode`."""
+        from embedjax.evaluate.encode import encode  # a method for users; the levels point the other way
+
+        return encode(self, texts, **options)
+
+
+def load(name: str | Path) -> Model:
+    """The model of a run folder (its newest save; RUN@best or RUN@500 for another), of an exported, sentence-transformers or
+    Hugging Face folder, or of a hub id. Raises ConfigError when it is none of these."""
+    run, _, which = str(name).rpartition("@") if "@" in str(name) else (str(name), "", "")
+    if is_run(Path(run)):
+        return _from_run(Path(run), which)
+    folder = folders.resolve(str(name))
+    tower = folders.read_tower(folder)
+    params = {"towers": {"text": folders.read_params(folder, tower)}}
+    return assemble(configs.Model({"text": tower}), params, {"text": make_texts(tower, str(folder))}, str(name))
+
+
+def assemble(
+    model: configs.Model, params: Mapping, texts: Mapping[str, Texts], origin: str, details: Mapping[str, Any] | None = None
+) -> Model:
+    """A Model from resolved towers, their parameters and what tokenizes for them."""
+    embedders = {name: build_embedder(tower) for name, tower in model.towers.items()}
+    return Model(model, embedders, params, texts, origin, details or {})
+
+
+def make_texts(tower: Tower, tokenizer: str) -> Texts:
+    """What turns strings into the inputs of a resolved tower. Raises ConfigError when the tokenizer outgrows its table."""
+    loaded = load_tokenizer(tokenizer)
+    assert tower.arch is not None and tower.max_length is not None
+    size = loaded.get_vocab_size()
+    if size > tower.arch.vocab_size:
+        raise ConfigError(f"{tokenizer}: the tokenizer has {size} tokens; the tower's vocab_size is {tower.arch.vocab_size}")
+    return Texts(
+        tokenizer=loaded,
+        max_length=tower.max_length,
+        prompts=tower.prompts or {},
+        default_prompt=tower.default_prompt,
+        include_prompt=tower.include_prompt is not False,
+        pad_id=tower.arch.pad_id,
+    )
+
+
+def resolve_tower(tower: Tower, known: Tower | None = None) -> Tower:
+    """A tower without None: what it leaves open comes from the folder of `init`, else from the defaults.
+
+    `known` is the same tower as a run resolved it earlier; then the folder is not asked and need no longer be there.
+    """
+    if known is not None and known.init == tower.init:
+        base = known
+    elif tower.init:
+        base = folders.read_tower(folders.resolve(tower.init))
+    else:
+        base = Tower(arch=tower.arch, pooling="mean", dense=(), normalize=True, max_length=128, prompts={}, include_prompt=True)
+    given = {f.name: getattr(tower, f.name) for f in dataclasses.fields(tower)}
+    named = {"init", "tokenizer", "compute", "remat", "layers", "lowercase"}
+    chosen = {key: value for key, value in given.items() if key in named or value is not None}
+    resolved = dataclasses.replace(base, **chosen)
+    assert resolved.arch is not None and resolved.max_length is not None
+    if resolved.max_length > resolved.arch.positions:
+        raise ConfigError(f"max_length {resolved.max_length} is above the architecture's {resolved.arch.positions} positions")
+    if resolved.default_prompt and resolved.default_prompt not in (resolved.prompts or {}):
+        raise ConfigError(f"default_prompt {resolved.default_prompt!r} is not among the prompts {sorted(resolved.prompts or {})}")
+    return resolved
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run: its config.json is ours, not a Hugging Face one."""
+    file = path / "config.json"
+    try:
+        return file.is_file() and json.loads(file.read_text()).get("type") == "Config"
+    except (ValueError, AttributeError, OSError):
+        return False
+
+
+def best_metric(config: configs.Config) -> str | None:
+    """The metric that chooses the best save: the config's, else the main one of the first task."""
+    tasks = config.evaluate.tasks
+    return config.evaluate.best or (f"{tasks[0].name}/{MAIN_METRIC[type(tasks[0])]}" if tasks else None)
+
+
+def _from_run(path: Path, which: str) -> Model:
+    config = serialize.read(path / "config.json")
+    if which not in ("", "best") and not which.isdecimal():
+        raise ConfigError(f"{path}@{which}: after @ comes a step or 'best'")
+    with Checkpoints(path / "checkpoints", best=best_metric(config) if which == "best" else None) as checkpoints:
+        params, step = checkpoints.params_only(int(which) if which.isdecimal() else None)
+    params = combine(params, read_constants(path))
+    texts = {name: make_texts(tower, str(path / "tokenizer" / name)) for name, tower in config.model.towers.items()}
+    details = {"config": config, "step": step, "run": str(path)}
+    return assemble(config.model, {"towers": params["towers"]}, texts, str(path), details)
+
+
+def write_constants(run: Path, constants: Mapping) -> None:
+    """Saves what a run does not train, once, with its SHA-256 beside it."""
+    if not constants:
+        return
+    file = run / "constants.safetensors"
+    save_file(dict(_flat(constants)), file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    (run / "constants.sha256").write_text(f"{digest}  {file.name}\n")
+
+
+def read_constants(run: Path) -> dict:
+    """What `write_constants` saved, {} if nothing. Raises StorageError when the bytes have changed."""
+    file = run / "constants.safetensors"
+    if not file.exists():
+        return {}
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    wanted = (run / "constants.sha256").read_text().split()[0]
+    if digest != wanted:
+        raise StorageError(f"{file}: SHA-256 is {digest[:12]}..., {wanted[:12]}... was saved; the file is damaged")
+    tree: dict = {}
+    for path, array in load_file(file).items():
+        *parents, leaf = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = array
+    return tree
+
+
+def _flat(tree: Mapping, prefix: str = ""):
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", np.asarray(value)

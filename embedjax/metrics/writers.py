@@ -1,0 +1,81 @@
+"""Metric files of a run folder, and the TensorBoard and wandb writers of the extras."""
+
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from embedjax.config.errors import ConfigError
+
+
+class Writer:
+    """Appends rows of metrics to metrics.jsonl and metrics.csv, and to TensorBoard or wandb when asked.
+
+    A resumed run passes its `start` step: rows of later steps, which will be computed again, are dropped first.
+    """
+
+    def __init__(self, folder: Path, extra: Iterable[str] = (), start: int = 0, name: str = ""):
+        self.jsonl, self.csv = folder / "metrics.jsonl", folder / "metrics.csv"
+        rows = [row for row in read_rows(self.jsonl) if row["step"] <= start]
+        self.jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.fields = list(rows[0]) if rows else []
+        self.csv.unlink(missing_ok=True)
+        for row in rows:
+            self._csv_row(row)
+        self.others = [OTHERS[kind](folder, name) for kind in extra]
+
+    def write(self, row: Mapping[str, float]) -> None:
+        with self.jsonl.open("a") as file:
+            file.write(json.dumps(dict(row)) + "\n")
+        self.fields = self.fields or list(row)
+        self._csv_row(row)
+        self.scalars(int(row["step"]), {key: value for key, value in row.items() if key != "step"})
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Sends values to the extra writers only; the files keep evaluations elsewhere."""
+        for other in self.others:
+            other(step, values)
+
+    def _csv_row(self, row: Mapping[str, float]) -> None:
+        new = not self.csv.exists()
+        with self.csv.open("a", newline="") as file:
+            writer = csv.DictWriter(file, self.fields, extrasaction="ignore")
+            if new:
+                writer.writeheader()
+            writer.writerow(dict(row))
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The whole rows of a JSONL file; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line.strip()]
+
+
+def _tensorboard(folder: Path, name: str) -> Any:
+    try:
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ConfigError("writers has 'tensorboard': install it with pip install 'embedjax[tensorboard]'") from error
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()
+
+    return write
+
+
+def _wandb(folder: Path, name: str) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ConfigError("writers has 'wandb': install it with pip install 'embedjax[wandb]'") from error
+    run = wandb.init(project="embedjax", name=name, dir=str(folder), id=name.replace("/", "-"), resume="allow")
+    return lambda step, values: run.log(dict(values), step=step)
+
+
+OTHERS = {"tensorboard": _tensorboard, "wandb": _wandb}

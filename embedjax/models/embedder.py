@@ -1,0 +1,107 @@
+"""A tower and its head: token ids -> embeddings. Pure init and apply over a tree of parameters; holds none itself."""
+
+import dataclasses
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, UInt32
+
+from embedjax import config
+from embedjax.config.errors import ConfigError
+from embedjax.config.model import Architecture, Dense, Dtype, PoolingName
+from embedjax.models.families import family_of
+from embedjax.models.heads import init_projections, normalize, pool, project
+
+Want = Literal["pooled", "tokens", "layers"]
+
+
+class Output(NamedTuple):
+    """What was asked for, float32; the leading axes are those of the ids."""
+
+    pooled: Float[Array, "*B E"] | None = None
+    """One vector a text."""
+    tokens: Float[Array, "*B L D"] | None = None
+    """The last layer's vectors of every token, padding included."""
+    layers: Float[Array, "S *B L D"] | None = None
+    """Every layer's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedder:
+    """How one tower turns token ids into embeddings."""
+
+    arch: Architecture
+    pooling: PoolingName = "mean"
+    include_prompt: bool = True
+    dense: tuple[Dense, ...] = ()
+    normalize: bool = True
+    compute: Dtype = "float32"
+    remat: bool = False
+    layers: Literal["auto", "scan", "unroll"] = "auto"
+
+    @property
+    def width(self) -> int:
+        """Size of an embedding (E)."""
+        return self.dense[-1].features if self.dense else self.arch.width
+
+    @property
+    def tower(self) -> nn.Module:
+        """The Linen module under `params["encoder"]`."""
+        return family_of(self.arch).Tower(self.arch, compute=self.compute, remat=self.remat, layers=self.layers)
+
+    def init(self, key: Array) -> dict[str, Any]:
+        """Random float32 parameters {"encoder": ..., "dense": {"0": ...}}, "dense" only if there are projections."""
+        encoder_key, dense_key = jax.random.split(key)
+        ids_BL = jnp.zeros((1, 1), jnp.int32)
+        params = {"encoder": self.tower.init(encoder_key, ids_BL, ids_BL == 0)["params"]}
+        return params | ({"dense": init_projections(dense_key, self.arch.width, self.dense)} if self.dense else {})
+
+    def apply(
+        self,
+        params: dict[str, Any],
+        column: dict[str, Array],
+        *,
+        row: Int[Array, "B"] | None = None,
+        key: UInt32[Array, ""] | None = None,
+        want: tuple[Want, ...] = ("pooled",),
+    ) -> Output:
+        """Embed a column {"ids" int32 [B ... L], "mask" bool, optionally "pool" bool: the tokens to pool}.
+
+        `key` draws dropout, None drops nothing. `row` numbers the texts of the first axis in the global batch, so that a chunk
+        of a batch drops as the whole would; default 0, 1, ... Further axes count on: text [b, k] of [B K L] is row b * K + k.
+        A text's result depends on that text and its row alone. Raises ConfigError when L exceeds the tower's positions.
+        """
+        ids = column["ids"]
+        lead, texts = ids.shape[:-1], math.prod(ids.shape[:-1])
+        flat = {name: column[name].reshape(texts, ids.shape[-1]) for name in ("ids", "mask", "pool") if name in column}
+        row_N = jnp.arange(texts) if row is None else _spread(row, texts // ids.shape[0])
+        tokens, each = self.tower.apply(
+            {"params": params["encoder"]}, flat["ids"], flat["mask"], row_B=row_N, key=key, want_layers="layers" in want
+        )
+        pooled = self._head(params, tokens, flat).reshape(*lead, self.width) if "pooled" in want else None
+        unflatten = lambda x, axes: x.reshape(*axes, *lead, *x.shape[-2:])
+        return Output(
+            pooled=pooled,
+            tokens=unflatten(tokens, ()) if "tokens" in want else None,
+            layers=None if each is None else unflatten(each, each.shape[:1]),
+        )
+
+    def _head(self, params: dict[str, Any], tokens_BLD: Array, flat: dict[str, Array]) -> Array:
+        pool_BL = flat.get("pool", flat["mask"])
+        x_BE = project(params.get("dense", {}), pool(tokens_BLD, flat["mask"], pool_BL, self.pooling), self.dense)
+        return normalize(x_BE) if self.normalize else x_BE
+
+
+def _spread(row_B: Array, copies: int) -> Array:
+    return (row_B[:, None] * copies + jnp.arange(copies, dtype=row_B.dtype)[None]).reshape(-1)
+
+
+def build_embedder(tower: config.Tower) -> Embedder:
+    """The embedder of a resolved tower (no field None). Raises ConfigError for one that is not."""
+    names = [field.name for field in dataclasses.fields(Embedder)]
+    if unresolved := [name for name in names if getattr(tower, name) is None]:
+        raise ConfigError(f"the tower is not resolved: {', '.join(unresolved)} is None; read it from its `init` folder first")
+    return Embedder(**{name: getattr(tower, name) for name in names})

@@ -1,0 +1,205 @@
+"""The parts every tower is built of: dense, norm, embedding, attention, feed-forward, blocks and the stack of layers.
+
+Knows no architecture, no config and no file format. Parameters are always float32; `compute` is the type of the products.
+
+Axis letters, used in einsum, annotations and suffixes everywhere:
+B batch · N documents · L tokens · D width · H heads · K head dim · F mlp · V vocab · E embedding dim · S layers
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
+
+from embedjax.models.ops import ACTIVATIONS, attend, dropout, layer_norm, on_cpu, product, rotate
+
+MASKED = -1e9  # finite, so that a row of padding alone still has a softmax and a gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What the parts of a layer need to know; the names are those of the architecture configs."""
+
+    heads: int
+    mlp: int
+    activation: str
+    norm_eps: float
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    init_std: float = 0.02
+    use_bias: bool = True
+    compute: str = "float32"
+
+    @classmethod
+    def of(cls, arch: Any, **changes) -> "Spec":
+        """From an architecture config, by field name."""
+        shared = {f.name: getattr(arch, f.name) for f in dataclasses.fields(cls) if hasattr(arch, f.name)}
+        return cls(**(shared | changes))
+
+
+class View(NamedTuple):
+    """What one layer sees besides the residual stream."""
+
+    bias: Float[Array, "..."]
+    """Added to the attention scores, float32 [B|1 H|1 L|1 L]: padding, window, relative positions."""
+    seed: UInt32[Array, "B L"] | None = None
+    """Dropout seeds of the tokens in this layer (ops.layer_seeds); None drops nothing."""
+    rope: tuple[Float[Array, "L K"], Float[Array, "L K"]] | None = None
+    """Cosine and sine of rotary positions (ops.rope_table)."""
+    attn_norm: Bool[Array, ""] | None = None
+    """Pre-norm blocks: False skips the norm before attention; None never skips."""
+
+
+class Dense(nn.Module):
+    """x W + b over the last axis."""
+
+    features: int
+    compute: str = "float32"
+    use_bias: bool = True
+    init_std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+        kernel = self.param("kernel", nn.initializers.normal(self.init_std), (x.shape[-1], self.features), jnp.float32)
+        y = product(x.reshape(-1, x.shape[-1]), kernel, self.compute)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(y.dtype)[None]
+        return y.reshape(*x.shape[:-1], self.features)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation (Ba et al. 2016) over the last axis, statistics in float32."""
+
+    eps: float
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale_D = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        bias_D = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32) if self.use_bias else None
+        return layer_norm(x, scale_D, bias_D, self.eps)
+
+
+class Embed(nn.Module):
+    """A table of vectors, looked up by id; ids outside are clipped, as XLA does."""
+
+    rows: int
+    width: int
+    init_std: float = 0.02
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+        return self.param("embedding", nn.initializers.normal(self.init_std), (self.rows, self.width), jnp.float32)[ids]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017, section 3.2) with an additive bias and, if asked, rotary positions."""
+
+    spec: Spec
+
+    @nn.compact
+    def __call__(self, x_BLD: Float[Array, "B L D"], view: View) -> Float[Array, "B L D"]:
+        s, (B, L, D) = self.spec, x_BLD.shape
+        dense = lambda name: Dense(D, s.compute, s.use_bias, s.init_std, name=name)
+        q, k, v = (dense(name)(x_BLD).reshape(B, L, s.heads, -1).swapaxes(1, 2) for name in ("query", "key", "value"))
+        if view.rope is not None:
+            q, k = rotate(q, view.rope), rotate(k, view.rope)
+        o_BHLK = attend(q, k, v, view.bias, rate=s.attention_dropout, seed=view.seed, compute=s.compute)
+        return dense("out")(o_BHLK.swapaxes(1, 2).reshape(B, L, D))
+
+
+class PostNormBlock(nn.Module):
+    """norm(x + attention(x)), then norm(x + mlp(x)): BERT's layer (Devlin et al. 2018)."""
+
+    spec: Spec
+
+    @nn.compact
+    def __call__(self, x_BLD: Float[Array, "B L D"], view: View) -> Float[Array, "B L D"]:
+        s, D = self.spec, x_BLD.shape[-1]
+        dense = lambda features, name: Dense(features, s.compute, s.use_bias, s.init_std, name=name)
+        y_BLD = dropout(Attention(s, name="attn")(x_BLD, view), s.dropout, view.seed, 1)
+        x_BLD = LayerNorm(s.norm_eps, name="attn_norm")(x_BLD + y_BLD)
+        h_BLF = ACTIVATIONS[s.activation](dense(s.mlp, "up")(x_BLD))
+        y_BLD = dropout(dense(D, "down")(h_BLF), s.dropout, view.seed, 2)
+        return LayerNorm(s.norm_eps, name="mlp_norm")(x_BLD + y_BLD)
+
+
+class PreNormGatedBlock(nn.Module):
+    """x + attention(norm(x)), then x + gated mlp(norm(x)): ModernBERT's layer (Warner et al. 2024; GeGLU: Shazeer 2020).
+
+    `up` holds the activated half, then the gate. Drops after attention (at its rate) and before `down`, as ModernBERT does.
+    """
+
+    spec: Spec
+
+    @nn.compact
+    def __call__(self, x_BLD: Float[Array, "B L D"], view: View) -> Float[Array, "B L D"]:
+        s, D = self.spec, x_BLD.shape[-1]
+        dense = lambda features, name: Dense(features, s.compute, s.use_bias, s.init_std, name=name)
+        norm = lambda name: LayerNorm(s.norm_eps, s.use_bias, name=name)
+        y_BLD = norm("attn_norm")(x_BLD)
+        if view.attn_norm is not None:
+            y_BLD = jnp.where(view.attn_norm, y_BLD, x_BLD)
+        x_BLD = x_BLD + dropout(Attention(s, name="attn")(y_BLD, view), s.attention_dropout, view.seed, 1)
+        h_BLF, gate_BLF = jnp.split(dense(2 * s.mlp, "up")(norm("mlp_norm")(x_BLD)), 2, axis=-1)
+        h_BLF = dropout(ACTIVATIONS[s.activation](h_BLF) * gate_BLF, s.dropout, view.seed, 2)
+        return x_BLD + dense(D, "down")(h_BLF)
+
+
+def padding_bias(mask_BL: Bool[Array, "B L"]) -> Float[Array, "B 1 1 L"]:
+    """Attention bias that hides padding."""
+    return jnp.where(mask_BL, 0.0, MASKED).astype(jnp.float32)[:, None, None, :]
+
+
+def counted_positions(mask_BL: Bool[Array, "B L"], pad_id: int) -> Int[Array, "B L"]:
+    """Positions as RoBERTa and MPNet number them: real tokens from pad_id + 1 on, padding pad_id."""
+    return jnp.where(mask_BL, pad_id + jnp.cumsum(mask_BL, axis=1), pad_id)
+
+
+def stack(
+    tower: Any,
+    block: nn.Module,
+    x_BLD: Float[Array, "B L D"],
+    *,
+    per_layer: PyTree,
+    view: Callable[[PyTree], View],
+    want_layers: bool = False,
+) -> tuple[Float[Array, "B L D"], Float[Array, "S B L D"] | None]:
+    """Run S copies of a block, their parameters stacked on axis 0 under `blocks` of the tower; float32 results.
+
+    `block` is a template, made with parent=None. `per_layer` is a tree of arrays [S ...]; `view` turns one layer's slice of it
+    into what the block sees. The tower's fields say how: `remat` recomputes layers in the backward pass; `layers` scans
+    (compiles one layer) or unrolls (compiles all; a sixth faster on a CPU, where "auto" does it). The numbers are the same.
+    """
+    depth = jax.tree.leaves(per_layer)[0].shape[0]
+
+    def init(rng):
+        first = view(jax.tree.map(lambda a: a[0], per_layer))
+        return jax.vmap(lambda r: block.init(r, x_BLD, first)["params"])(jax.random.split(rng, depth))
+
+    def layer(x, slices):
+        params, inputs = slices
+        return block.apply({"params": params}, x, view(inputs))
+
+    layer = jax.checkpoint(layer) if tower.remat else layer
+    stacked, each = (tower.param("blocks", init), per_layer), None
+    if tower.layers == "unroll" or (tower.layers == "auto" and on_cpu()):
+        outputs = []
+        for slices in unstack(stacked):
+            x_BLD = layer(x_BLD, slices)
+            outputs.append(x_BLD)
+        each = jnp.stack(outputs) if want_layers else None
+    else:
+        x_BLD, each = jax.lax.scan(lambda x, s: (y := layer(x, s), y if want_layers else None), x_BLD, stacked)
+    return x_BLD.astype(jnp.float32), None if each is None else each.astype(jnp.float32)
+
+
+def unstack(tree: PyTree) -> list[PyTree]:
+    """[S ...] leaves -> S trees. By split, whose gradient is one concatenation (that of indexing adds S padded copies)."""
+    leaves, structure = jax.tree.flatten(tree)
+    parts = [[p.squeeze(0) for p in jax.lax.split(leaf, (1,) * leaf.shape[0])] for leaf in leaves]
+    return [structure.unflatten(layer) for layer in zip(*parts, strict=True)]

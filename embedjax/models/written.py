@@ -1,0 +1,159 @@
+"""A tower and its parameters -> model folders that others load. Writes no tokenizer and no model card: the caller does.
+
+sentence-transformers folders are in the legacy spelling (classes under sentence_transformers.models, pooling by booleans,
+max_seq_length), which sentence-transformers 2 to 6 and the embedding servers all read; the spelling of 5.4 and later is not
+read by all. A folder appears whole or not at all: it is written beside its place and renamed.
+"""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from embedjax.config import Tower
+from embedjax.config.errors import ConfigError, StorageError
+from embedjax.models.families import family_of
+from embedjax.models.folders import ACTIVATIONS, BOOLEANS
+from embedjax.models.weights import to_tensors
+
+VERSIONS = {
+    "sentence_transformers": "3.0.0",
+    "transformers": "4.41.0",
+    "pytorch": "2.3.0",
+}  # the oldest that read such a folder
+
+
+def write_sentence_transformers(
+    folder: str | Path,
+    tower: Tower,
+    params: Mapping[str, Any],
+    *,
+    write_tokenizer: Callable[[Path], object],
+    replace: bool = False,
+) -> Path:
+    """Write a sentence-transformers folder of a resolved tower and its parameters {"encoder", "dense"}; returns the folder.
+
+    `write_tokenizer` is called with the folder to put tokenizer files in. Raises StorageError when the destination is not empty
+    (unless `replace`) or cannot be written, ConfigError when the parameters are not the tower's; then nothing is left behind.
+    """
+    with _folder(Path(folder), replace) as root:
+        modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
+        _write_encoder(root, tower, params, write_tokenizer)
+        _write_pooling(root / "1_Pooling", tower)
+        for n, kernel_and_bias in enumerate(_dense_params(tower, params)):
+            path = f"{len(modules)}_Dense"
+            modules.append(("Dense", path))
+            _write_dense(root / path, tower, n, kernel_and_bias)
+        if tower.normalize:
+            path = f"{len(modules)}_Normalize"
+            modules.append(("Normalize", path))
+            (root / path).mkdir()
+        entries = [
+            {"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for n, (kind, path) in enumerate(modules)
+        ]
+        _write_json(root / "modules.json", entries)
+        _write_json(root / "sentence_bert_config.json", {"max_seq_length": tower.max_length, "do_lower_case": False})
+        settings = {
+            "__version__": VERSIONS,
+            "prompts": tower.prompts,
+            "default_prompt_name": tower.default_prompt,
+            "similarity_fn_name": "cosine",
+        }
+        _write_json(root / "config_sentence_transformers.json", settings)
+    return Path(folder)
+
+
+def write_hf(
+    folder: str | Path,
+    tower: Tower,
+    params: Mapping[str, Any],
+    *,
+    write_tokenizer: Callable[[Path], object],
+    replace: bool = False,
+) -> Path:
+    """Write a plain Hugging Face folder: the encoder alone, without pooling and projections. Otherwise as above."""
+    with _folder(Path(folder), replace) as root:
+        _write_encoder(root, tower, params, write_tokenizer)
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def _folder(destination: Path, replace: bool) -> Iterator[Path]:
+    """A new folder beside `destination` that takes its place at the end, or vanishes when the body raises."""
+    try:
+        if destination.exists() and not destination.is_dir():
+            raise StorageError(f"{destination} is a file; expected a folder to write, or none")
+        if not replace and destination.is_dir() and any(destination.iterdir()):
+            raise StorageError(f"{destination} is not empty; choose another folder or ask to replace it")
+        destination = destination.resolve()
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as beside:
+            new, old = Path(beside) / "new", Path(beside) / "old"
+            new.mkdir()
+            yield new
+            if destination.exists():
+                destination.rename(old)
+            new.rename(destination)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise StorageError(f"{destination} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _write_encoder(root: Path, tower: Tower, params: Mapping[str, Any], write_tokenizer: Callable[[Path], object]) -> None:
+    if tower.arch is None or tower.max_length is None:
+        raise ConfigError("the tower to write is not resolved: arch or max_length is None")
+    family = family_of(tower.arch)
+    if tower.max_length > (most := family.longest(tower.arch)):
+        raise ConfigError(f"max_length is {tower.max_length}, but the encoder has positions for {most} tokens")
+    tensors = to_tensors(tower.arch, params["encoder"])
+    _write_json(root / "config.json", family.to_hf(tower.arch) | {"torch_dtype": "float32"})
+    _write_tensors(root / "model.safetensors", tensors)
+    write_tokenizer(root)
+
+
+def _write_pooling(folder: Path, tower: Tower) -> None:
+    folder.mkdir()
+    width = tower.arch.width if tower.arch else 0
+    booleans = {key: mode == tower.pooling for key, mode in BOOLEANS.items()}
+    _write_json(
+        folder / "config.json", {"word_embedding_dimension": width} | booleans | {"include_prompt": bool(tower.include_prompt)}
+    )
+
+
+def _dense_params(tower: Tower, params: Mapping[str, Any]) -> list[Mapping[str, np.ndarray]]:
+    """The parameters of each projection, checked against the tower's list of them."""
+    specs, found = tower.dense or (), params.get("dense", {})
+    if sorted(found) != sorted(str(n) for n in range(len(specs))):
+        raise ConfigError(f"the parameters hold the projections {sorted(found)}; the tower has {len(specs)}")
+    return [found[str(n)] for n in range(len(specs))]
+
+
+def _write_dense(folder: Path, tower: Tower, n: int, params: Mapping[str, np.ndarray]) -> None:
+    spec = (tower.dense or ())[n]
+    tensors = {"linear.weight": np.asarray(params["kernel"], np.float32).T}
+    if spec.bias:
+        tensors["linear.bias"] = np.asarray(params["bias"], np.float32)
+    found = tensors["linear.weight"].shape
+    if found[0] != spec.features:
+        raise ConfigError(f"projection {n} gives {found[0]} features; the tower says {spec.features}")
+    folder.mkdir()
+    activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == spec.activation)
+    config = {"in_features": found[1], "out_features": found[0], "bias": spec.bias, "activation_function": activation}
+    _write_json(folder / "config.json", config)
+    _write_tensors(folder / "model.safetensors", tensors)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    # safetensors writes the buffer as it lies, strides ignored; transformers refuses a file that does not say its format.
+    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    safetensors.numpy.save_file(whole, path, metadata={"format": "pt"})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,132 @@
+"""config -> the optax transformation of a run: schedule, clipping, AdamW, decay by path, rates by path, and what is frozen.
+
+Knows parameters by their paths alone: arrays and abstract shapes do equally well. Skipping updates is the step's business.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from embedjax.config import Group, Optim
+from embedjax.config.errors import ConfigError
+from embedjax.sharding import path_of
+
+# Whether a parameter decays; every path matches exactly one rule. As Hugging Face's trainer, which decays all but norms and
+# whatever is called a bias, MPNet's table of relative positions included. Rank cannot tell: layers are stacked on axis 0.
+DECAY: tuple[tuple[str, bool], ...] = (
+    (r"/kernel$", True),
+    (r"(?<!relative)/embedding$", True),
+    (r"relative/embedding$", False),
+    (r"norm[^/]*/scale$", False),
+    (r"^loss/scale$", False),
+    (r"/bias$", False),
+)
+
+
+def make(optim: Optim, steps: int, params: Mapping) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW (Loshchilov & Hutter 2019) for the trained parameters, and its learning rate by applied updates.
+
+    A group's multiplier scales the decay with the rate. Raises ConfigError for a group that matches nothing.
+    """
+    rate = schedule(optim, steps)
+    parts = [("clip", optax.clip_by_global_norm(optim.clip_norm))] if optim.clip_norm else []
+    parts.append(("adam", optax.scale_by_adam(optim.b1, optim.b2, optim.eps)))
+    if optim.weight_decay:
+        parts.append(("decay", optax.add_decayed_weights(optim.weight_decay, mask=decays(params))))
+    if optim.groups:
+        factors = multipliers(params, optim.groups)
+        parts.append(("groups", optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))))
+    parts.append(("rate", optax.scale_by_learning_rate(rate)))
+    return optax.named_chain(*parts), rate
+
+
+def schedule(optim: Optim, steps: int) -> optax.Schedule:
+    """The learning rate of the update after `count` applied ones.
+
+    It rises to its peak at the last update of the warm-up and falls to 0 at `count == steps`, so no update of the run is
+    lost to a rate of 0. Raises ConfigError when the warm-up is longer than the run.
+    """
+    warm = round(optim.warmup * steps) if optim.warmup < 1 else round(optim.warmup)
+    if warm > steps:
+        raise ConfigError(f"optim.warmup is {warm} steps, but the run has {steps}; make it shorter, or a share below 1")
+    peak, warm = optim.learning_rate, max(warm, 1)
+    falls: dict[str, Callable[[float, int], optax.Schedule]] = {
+        "linear": lambda peak, left: optax.linear_schedule(peak, 0.0, left),
+        "cosine": lambda peak, left: optax.cosine_decay_schedule(peak, left),
+        "constant": lambda peak, left: optax.constant_schedule(peak),
+    }
+    rise = optax.linear_schedule(peak / warm, peak, warm - 1)
+    return optax.join_schedules([rise, falls[optim.schedule](peak, steps - warm + 1)], [warm - 1])
+
+
+def decays(params: Mapping) -> Any:
+    """The same tree with whether each parameter decays. Raises ConfigError for a path that not exactly one rule matches."""
+
+    def decay(key: tuple, _: Any) -> bool:
+        path = path_of(key)
+        found = [(rule, value) for rule, value in DECAY if re.search(rule, path)]
+        if len(found) != 1:
+            raise ConfigError(
+                f"parameter {path!r} matches {[r for r, _ in found] or 'no rule'} of optim.DECAY; it must match one"
+            )
+        return found[0][1]
+
+    return jax.tree_util.tree_map_with_path(decay, params)
+
+
+def multipliers(params: Mapping, groups: Sequence[Group]) -> Any:
+    """The same tree with the factor of the first group that matches, else 1. Raises ConfigError when one matches none."""
+    patterns = [_pattern(group.path, "groups") for group in groups]
+    _require_matches(patterns, params, "groups")
+
+    def factor(key: tuple, _: Any) -> float:
+        path = path_of(key)
+        return next((g.multiplier for g, pattern in zip(groups, patterns, strict=True) if pattern.search(path)), 1.0)
+
+    return jax.tree_util.tree_map_with_path(factor, params)
+
+
+def partition(params: Mapping, freeze: Sequence[str]) -> tuple[dict, dict]:
+    """Nested dicts of parameters as (trained, frozen), each without the other's branches; `objective.combine` undoes it.
+
+    Frozen is what a regex of `freeze` finds in the path. Raises ConfigError when one finds nothing, or nothing is left.
+    """
+    patterns = [_pattern(regex, "freeze") for regex in freeze]
+    _require_matches(patterns, params, "freeze")
+    trained, frozen = _split(params, "", patterns)
+    if not jax.tree.leaves(trained):
+        raise ConfigError(f"optim.freeze {list(freeze)} freezes every parameter; leave something to train")
+    return trained, frozen
+
+
+def _split(params: Mapping, prefix: str, patterns: Sequence[re.Pattern]) -> tuple[dict, dict]:
+    trained, frozen = {}, {}
+    for name, value in params.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            left, right = _split(value, f"{path}/", patterns)
+            if left or not value:  # an empty branch, such as no projections, stays where the model looks for it
+                trained[name] = left
+            if right:
+                frozen[name] = right
+        else:
+            (frozen if any(pattern.search(path) for pattern in patterns) else trained)[name] = value
+    return trained, frozen
+
+
+def _pattern(regex: str, field: str) -> re.Pattern:
+    try:
+        return re.compile(regex)
+    except re.error as error:
+        raise ConfigError(f"optim.{field} has {regex!r}, which is not a regular expression: {error}") from error
+
+
+def _require_matches(patterns: Sequence[re.Pattern], params: Mapping, field: str) -> None:
+    paths = [path_of(key) for key, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for pattern in patterns:
+        if not any(map(pattern.search, paths)):
+            known = sorted({"/".join(path.split("/")[:4]) for path in paths})
+            raise ConfigError(f"optim.{field} {pattern.pattern!r} matches no parameter; paths begin with {', '.join(known)}")

@@ -1,0 +1,185 @@
+"""`embedjax search`: the texts of a corpus nearest to a query, with the corpus encoded once and kept in the user's cache.
+
+A corpus is a file of texts (.txt, .jsonl, .csv, .tsv, .parquet) or a folder, whose Python functions are its texts.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+from jax.sharding import Mesh as DeviceMesh
+from jaxtyping import Float
+from rich.console import Console
+from rich.text import Text
+
+from embedjax.config import File
+from embedjax.config.errors import ConfigError, DataError, StorageError
+from embedjax.data.sources import open_source
+from embedjax.evaluate.encode import encode, fingerprint
+from embedjax.evaluate.retrieval import topk
+from embedjax.evaluate.rows import text_column, texts_of
+from embedjax.load import Model
+
+LINES_SHOWN = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Texts and, for each, where it stands: file:line."""
+
+    texts: list[str]
+    places: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hit:
+    """A text found: rank from 1, cosine similarity, where it stands."""
+
+    rank: int
+    score: float
+    text: str
+    place: str
+
+
+def open_corpus(path: str | Path, column: str | None = None) -> Corpus:
+    """The texts of a file, or the functions in the .py files of a folder. Raises DataError when there are none."""
+    if Path(path).is_dir() and not any(Path(path).glob("*.parquet")):
+        found = list(_functions(Path(path)))
+        if not found:
+            raise DataError(f"{path}: no Python functions in this folder")
+        return Corpus([text for text, _ in found], [place for _, place in found])
+    source = open_source(File(path=str(path)))
+    texts = list(texts_of(source, text_column(source, column)))
+    return Corpus(texts, [":".join(map(str, source.where(row))) for row in range(len(source))])
+
+
+def search(
+    model: Model,
+    corpus: Corpus,
+    query: str,
+    k: int = 5,
+    *,
+    mesh: DeviceMesh | None = None,
+    cache: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Hit]:
+    """The min(k, N) texts nearest to the query by cosine. `cache` is a folder that keeps the corpus's vectors."""
+    if not query.strip():
+        raise ConfigError("the query is empty")
+    if k < 1:
+        raise ConfigError(f"{k} results were asked for; it must be at least 1")
+    vectors = corpus_vectors(model, corpus.texts, mesh=mesh, cache=cache, progress=progress)
+    asked = encode(model, [query], column="anchor", prompt=_prompt(model, "anchor", "query"), mesh=mesh)
+    scores, rows = topk(_unit(asked), vectors, k, mesh=mesh)
+    found = zip(scores[0].tolist(), rows[0].tolist(), strict=True)
+    return [Hit(rank, score, corpus.texts[row], corpus.places[row]) for rank, (score, row) in enumerate(found, 1)]
+
+
+def corpus_vectors(
+    model: Model,
+    texts: Sequence[str],
+    *,
+    mesh: DeviceMesh | None = None,
+    cache: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float[np.ndarray, "N E"]:
+    """Unit vectors of the texts: from the cache if the same model has encoded the same texts, else encoded and kept there."""
+    prompt = _prompt(model, "positive", "document")
+    file = cache and cache / f"{_key(model, texts, prompt)}.npy"
+    if file and file.exists():
+        return np.load(file, mmap_mode="r")
+    vectors = _unit(encode(model, texts, column="positive", prompt=prompt, mesh=mesh, progress=progress))
+    if file:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            new = file.with_suffix(f".{os.getpid()}.new.npy")
+            np.save(new, vectors)
+            os.replace(new, file)
+        except OSError as error:
+            raise StorageError(f"{file}: cannot keep the corpus's vectors: {error.strerror}") from error
+    return vectors
+
+
+def cache_folder() -> Path:
+    """Where vectors are kept between searches; it may be deleted at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embedjax" / "search"
+
+
+def show(hits: Sequence[Hit], out: TextIO | None = None) -> None:
+    """Prints the hits: in colour and cut to the width on a terminal, as `rank score place` and indented text elsewhere."""
+    out = sys.stdout if out is None else out
+    console = Console(file=out) if out.isatty() else None
+    width = shutil.get_terminal_size().columns
+    for hit in hits:
+        lines = [line for line in hit.text.splitlines() if line.strip()]
+        head, shown = f"{hit.rank}  {hit.score:.3f}  {hit.place}", [f"    {line}" for line in lines[:LINES_SHOWN]]
+        if console:
+            console.print(Text(head, style="bold"), overflow="ellipsis", no_wrap=True)
+            console.print(Text("\n".join(line[: width - 1] for line in shown)))
+        else:
+            print(head, *shown, sep="\n", file=out)
+
+
+def functions_in(source: str) -> Iterator[tuple[str, int]]:
+    """(source without decorators and docstring, line) of every function and method of a module that is not nested in one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the code's own invalid escapes
+            module = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return
+    lines = source.split("\n")
+    scopes: list[ast.Module | ast.ClassDef] = [module]
+    while scopes:
+        for node in scopes.pop().body:
+            if isinstance(node, ast.ClassDef):
+                scopes.append(node)
+            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield _code(node, lines), node.lineno
+
+
+def _code(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]) -> str:
+    """As the embedded data set has its functions, so that a model trained on it meets what it knows."""
+    kept = list(lines[node.lineno - 1 : node.end_lineno])
+    first = node.body[0]
+    alone = ast.get_docstring(node) is not None and first.lineno > node.lineno and len(node.body) > 1
+    if alone and not lines[first.lineno - 1][: first.col_offset].strip() and node.body[1].lineno > (first.end_lineno or 0):
+        del kept[first.lineno - node.lineno : (first.end_lineno or first.lineno) - node.lineno + 1]
+    indent = lines[node.lineno - 1][: node.col_offset]
+    return "\n".join(line.removeprefix(indent) for line in kept)
+
+
+def _functions(folder: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(folder.rglob("*.py")):
+        if any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(folder).parts):
+            continue
+        try:
+            source = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError):
+            continue  # as for code that does not parse: a search is no check of the folder
+        for code, line in functions_in(source):
+            yield code, f"{path}:{line}"
+
+
+def _prompt(model: Model, column: str, name: str) -> str | None:
+    return name if name in model.texts[model.config.tower_of(column)].prompts else None
+
+
+def _key(model: Model, texts: Sequence[str], prompt: str | None) -> str:
+    digest = hashlib.sha256(f"{fingerprint(model, 'positive')} {prompt} {len(texts)}\n".encode())
+    for text in texts:
+        raw = text.encode()
+        digest.update(f"{len(raw)} ".encode() + raw)
+    return digest.hexdigest()
+
+
+def _unit(vectors: Float[np.ndarray, "N E"]) -> Float[np.ndarray, "N E"]:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

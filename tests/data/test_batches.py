@@ -1,0 +1,275 @@
+"""Batches: the same global batch however many hosts make it, from whatever step; exact shapes; bad rows and errors told."""
+
+import collections
+import hashlib
+import json
+import zlib
+
+import jax
+import numpy as np
+import pytest
+
+from embedjax.config import Data, File, Set
+from embedjax.config.errors import ConfigError, DataError
+from embedjax.data.batches import Abstract, Batches
+from embedjax.data.sources import open_source
+
+BUCKETS = ((6, 6), (12, 12))
+
+
+class Words:
+    """One token a word, after a start token; stands for Texts."""
+
+    def __init__(self, max_length=12, prompts=None, include_prompt=True):
+        self.max_length, self.prompts, self.default_prompt = max_length, prompts or {}, None
+        self.include_prompt, self.tokenizer = include_prompt, self
+
+    def to_str(self):
+        return "words"
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(str(id) for id in ids)
+
+    def _tokens(self, text, prompt):
+        words = ((self.prompts[prompt] + " ") if prompt else "") + text
+        return [1, *(zlib.crc32(word.encode()) % 1000 + 2 for word in words.split())][: self.max_length]
+
+    def lengths(self, texts, prompt=None):
+        return np.array([len(self._tokens(text, prompt)) for text in texts], np.int32)
+
+    def encode(self, texts, *, length=None, prompt=None):
+        ids = np.zeros((len(texts), length), np.int32)
+        for row, text in zip(ids, texts, strict=True):
+            tokens = self._tokens(text, prompt)[:length]
+            row[: len(tokens)] = tokens
+        result = {"ids": ids, "mask": ids > 0}
+        return result if self.include_prompt or not prompt else {**result, "pool": ids > 1}
+
+
+def row(k):
+    """Row k of the file: its number is the first word of each text."""
+    return {
+        "q": f"{k} " + "w " * (k % 11),
+        "a": f"{k} " + "v " * (k % 7),
+        "n": f"{k} x",
+        "m": f"{k} y z",
+        "s": k / 4,
+        "l": k % 3,
+    }
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Batches of rows written to a file."""
+
+    def build(rows=range(40), *, columns=None, words=None, sets=None, prompts=None, steps=20, seed=0, data=None, **options):
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(row(k) if isinstance(k, int) else k) + "\n" for k in rows))
+        columns = columns or {"anchor": "q", "positive": "a"}
+        sets = sets or (Set(File(str(file)), columns),)
+        config = Data(**{"batch_size": 4, "sets": sets, **(data or {})})
+        texts = dict.fromkeys(("anchor", "positive", "negative"), words or Words())
+        sources = [open_source(each.source) for each in sets]
+        return Batches(config, sources, texts, prompts, seed=seed, steps=steps, **{"run_folder": tmp_path / "run", **options})
+
+    return build
+
+
+def assert_same(a, b):
+    assert a[0] == b[0]
+    jax.tree.map(np.testing.assert_array_equal, a[1], b[1])
+
+
+FULL = {"anchor": "q", "positive": "a", "negative": "n", "negative_2": "m", "score": "s", "label": "l"}
+
+
+def test_a_batch_holds_what_the_contract_says(make):
+    batches = make(columns=FULL, data={"buckets": ((5, 8),)})
+    task, columns = batches.batch(0)
+    rows = batches.rows_of(0)
+    expect = Words()
+    assert task == "train"
+    assert set(columns) == {"anchor", "positive", "negative", "hash", "row", "scores", "labels"}
+    for name, key, length in (("anchor", "q", 5), ("positive", "a", 8)):
+        encoded = expect.encode([row(k)[key] for k in rows], length=length)
+        np.testing.assert_array_equal(columns[name]["ids"], encoded["ids"])
+        np.testing.assert_array_equal(columns[name]["mask"], encoded["mask"])
+    assert columns["negative"]["ids"].shape == columns["negative"]["mask"].shape == (4, 2, 8)
+    for k, key in enumerate("nm"):
+        np.testing.assert_array_equal(
+            columns["negative"]["ids"][:, k], expect.encode([row(r)[key] for r in rows], length=8)["ids"]
+        )
+        text = row(rows[3])[key]
+        words = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), "<u4")
+        np.testing.assert_array_equal(columns["hash"]["negative"][3, k], words)
+    assert columns["hash"]["anchor"].shape == (4, 2) and columns["hash"]["negative"].shape == (4, 2, 2)
+    assert columns["row"].tolist() == [0, 1, 2, 3] and columns["row"].dtype == np.int32
+    np.testing.assert_array_equal(columns["scores"], (rows / 4).astype(np.float32))
+    np.testing.assert_array_equal(columns["labels"], (rows % 3).astype(np.int32))
+
+
+@pytest.mark.parametrize("columns", [FULL, {"anchor": "q"}])
+def test_shapes_are_those_of_the_batches(make, columns):
+    words = Words(prompts={"p": "find"}, include_prompt=False)
+    batches = make(columns=columns, words=words, prompts={"anchor": "p"}, data={"buckets": BUCKETS})
+    shapes = batches.shapes()
+    assert [task for task, _ in shapes] == ["train", "train"]
+    met = []
+    for step in range(10):
+        task, arrays = batches.batch(step)
+        abstract = jax.tree.map(lambda leaf: Abstract(leaf.shape, leaf.dtype), arrays)
+        met.append(shapes.index((task, abstract)))
+    assert set(met) == {0, 1} and batches.compilations() == 2
+    assert "pool" in shapes[0][1]["anchor"]
+    jax.eval_shape(lambda tree: tree["anchor"]["ids"] + 1, shapes[0][1])
+
+
+@pytest.mark.parametrize("buckets", [(), BUCKETS])
+def test_hosts_make_slices_of_one_batch(make, buckets):
+    whole = make(columns=FULL, data={"buckets": buckets})
+    for hosts in (2, 4):
+        parts = [make(columns=FULL, data={"buckets": buckets}, process_index=p, process_count=hosts) for p in range(hosts)]
+        for step in (0, 9, 10):
+            made = [part.batch(step) for part in parts]
+            joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *[columns for _, columns in made])
+            assert_same(whole.batch(step), (made[0][0], joined))
+
+
+def first_words(batches, steps):
+    """How often each row was trained on, by the id of its first word."""
+    return collections.Counter(int(k) for step in steps for k in batches.batch(step)[1]["anchor"]["ids"][:, 1])
+
+
+@pytest.mark.parametrize("buckets", [(), BUCKETS])
+def test_epochs_are_complete_and_disjoint_across_hosts(make, buckets):
+    parts = [make(data={"buckets": buckets}, process_index=p, process_count=2) for p in range(2)]
+    expected = collections.Counter(Words()._tokens(str(k), None)[1] for k in range(40))
+    for epoch in range(2):
+        steps = range(10 * epoch, 10 * epoch + 10)
+        assert first_words(parts[0], steps) + first_words(parts[1], steps) == expected
+
+
+def test_iterate_goes_on_from_any_step(make):
+    batches = make(data={"buckets": BUCKETS})
+    for start in (0, 13, 20):
+        made = list(batches.iterate(start))
+        assert len(made) == 20 - start
+        for step, batch in enumerate(made, start):
+            assert_same(batch, batches.batch(step))
+    early = batches.iterate(0)
+    next(early)
+    early.close()
+
+
+def test_the_same_seed_gives_the_same_batches(make):
+    batches, again, other = make(seed=7), make(seed=7), make(seed=8)
+    for step in (19, 0, 12):
+        assert_same(batches.batch(step), again.batch(step))
+    assert any((batches.rows_of(step) != other.rows_of(step)).any() for step in range(3))
+
+
+def test_buckets_fit_and_pad_less(make):
+    batches, plain = make(data={"buckets": BUCKETS}), make()
+    expect = Words()
+    lengths = np.array([[expect.lengths([row(k)[key]])[0] for key in "qa"] for k in range(40)])
+    for step in range(10):
+        plain.batch(step)
+        columns = batches.batch(step)[1]
+        bucket = (columns["anchor"]["ids"].shape[1], columns["positive"]["ids"].shape[1])
+        assert bucket in BUCKETS and (lengths[batches.rows_of(step)] <= bucket).all()
+    assert list((batches.bad.path.parent / "lengths").iterdir())
+    assert plain.padding_share() == pytest.approx(1 - lengths.sum() / (40 * 24))
+    assert 0 < batches.padding_share() < plain.padding_share()
+
+
+def test_several_sets_have_their_own_task_and_columns(make, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"t": f"{k} o", "l": k}) + "\n" for k in range(20)))
+    sets = (
+        Set(File(str(tmp_path / "rows.jsonl")), {"anchor": "q", "positive": "a"}, name="pairs"),
+        Set(File(str(other)), {"anchor": "t", "label": "l"}, name="classes"),
+    )
+    batches = make(sets=sets)
+    made = list(batches.iterate(5))
+    assert collections.Counter(task for task, _ in made)["classes"] == 5 and len(made) == 15
+    assert {task: "labels" in columns for task, columns in made} == {"pairs": False, "classes": True}
+    assert [task for task, _ in batches.shapes()] == ["pairs", "classes"]
+
+
+BAD = [{"q": "", "a": "x"}, {"a": "x"}, {"q": "q", "a": None}, {"q": "q", "a": 3}, "a string"]
+
+
+@pytest.mark.parametrize("buckets", [(), BUCKETS])
+def test_bad_rows_are_replaced_alike_and_listed_once(make, tmp_path, buckets):
+    rows = [*range(35), *BAD]
+    options = {"data": {"bad_share": 0.2, "buckets": buckets}}
+    whole = [make(rows, **options) for _ in range(2)]
+    hosts = [make(rows, process_index=p, process_count=2, **options) for p in range(2)]
+    for step in range(10):
+        batch = whole[0].batch(step)
+        assert_same(batch, whole[1].batch(step))
+        halves = [host.batch(step)[1] for host in hosts]
+        assert_same(batch, (batch[0], jax.tree.map(lambda a, b: np.concatenate([a, b]), *halves)))
+        limits = [batch[1][name]["ids"].shape[1] for name in ("anchor", "positive")]
+        assert not buckets or tuple(limits) in BUCKETS
+    trained = first_words(whole[0], range(10))
+    assert sum(trained.values()) == 40 and len(trained) == 35
+    listed = [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
+    assert whole[0].bad.count == 5 and len({line["row"] for line in listed}) == 5
+    if not buckets:
+        assert len(listed) <= 10  # two runs in one folder at a time: each lists what it met first
+
+
+def test_a_restart_lists_nothing_twice(make, tmp_path):
+    for _ in range(2):
+        batches = make([*range(38), *BAD[:2]], data={"bad_share": 0.2})
+        list(batches.iterate(0))
+    listed = [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
+    assert sorted(line["row"] for line in listed) == [39, 40]
+    assert {line["reason"] for line in listed} == {"column 'q' is empty", "column 'q' is missing"}
+
+
+def test_too_many_bad_rows_come_out_of_the_iterator_as_their_error(make):
+    batches = make([*range(32), *[BAD[0]] * 8], data={"bad_share": 0.1, "threads": 2})
+    with pytest.raises(
+        DataError, match=r"of set 'train' are bad .*bad_share 10.0%.*rows.jsonl, row \d+: column 'q' is empty"
+    ) as caught:
+        list(batches.iterate(0))
+    assert type(caught.value) is DataError and "\n" not in str(caught.value)
+
+
+def test_lists_stop_the_run(make):
+    batches = make([*range(3), {"q": "x", "a": ["y", "z"]}], steps=1)
+    with pytest.raises(DataError, match=r"rows.jsonl, row 4: column 'a' holds list values"):
+        list(batches.iterate(0))
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"data": {"batch_size": 41}}, DataError, "rows.jsonl has 40 rows, fewer than data.batch_size 41"),
+        ({"process_count": 3}, ConfigError, "batch_size 4 is not divisible by the 3 processes"),
+        ({"columns": {"anchor": "q", "positive": "answer"}}, DataError, "'answer'"),
+        ({"columns": {"anchor": "q", "positve": "a"}}, ConfigError, "did you mean 'positive'"),
+        ({"data": {"buckets": ((6, 6), (13, 12))}}, ConfigError, r"\(13, 12\).*\(12, 12\)"),
+    ],
+)
+def test_what_cannot_be(make, options, error, message):
+    with pytest.raises(error, match=message):
+        make(**options)
+
+
+def test_a_column_without_a_tower(make):
+    batches = make()
+    with pytest.raises(ConfigError, match="'positive'"):
+        Batches(batches.data, batches.sources, {"anchor": Words()}, seed=0, steps=1)
+
+
+def test_decoded_shows_text_and_tokens(make):
+    batches = make(columns=FULL, words=Words(prompts={"p": "find"}), prompts={"anchor": "p"})
+    shown = batches.decoded(rows=2)
+    k = int(batches.rows_of(0)[1])
+    assert len(shown) == 2 and list(shown[1]) == ["anchor", "positive", "negative", "negative_2"]
+    assert shown[1]["negative_2"][0] == row(k)["m"]
+    text, tokens = shown[1]["anchor"]
+    assert text == row(k)["q"] and tokens.split()[1] == str(zlib.crc32(b"find") % 1000 + 2)
