@@ -1,8 +1,8 @@
 """Train embedding models in JAX and export them for serving.
 
-    from embedjax import load_model
-    model = load_model("runs/quickstart/export")   # a run, an exported or Hugging Face folder, or a hub id
-    vectors = model.encode(["a text", "another"])  # numpy [2, E]
+    from embedjax import encode_texts, load_model
+    model = load_model("runs/quickstart/export")          # a run, an exported or Hugging Face folder, or a hub id
+    vectors = encode_texts(model, ["a text", "another"])  # numpy [2, E]
 
 Names are imported on first use, so that `embedjax.config` and `embedjax.data` do not load jax. They differ from the names of
 the modules, which Python would put in their place.

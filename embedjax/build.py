@@ -126,7 +126,7 @@ def _texts(config: Config, name: str, tower: Tower, sources: dict, folder: Path)
         if tower.tokenizer == "wordpiece":
             rows = _training_text(config, sources)
             made = train_wordpiece(rows, tower.arch.vocab_size, lowercase=tower.lowercase)
-            save_tokenizer(made, kept, max_length=tower.max_length, lowercase=tower.lowercase)
+            save_tokenizer(made, kept, max_length=tower.max_length)
         else:
             origin = tower.tokenizer or tower.init
             if not origin:

@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,9 @@ class Checkpoints:
         self._folder = Path(folder).absolute()
         self._keep = keep
         self._metric = best
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        # Compressing weights saves 8 % of the bytes for 8 times the time, on cores that train.
+        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+        logging.getLogger("absl").addFilter(_told_once)
         self._thread: threading.Thread | None = None
         self._error: StorageError | None = None
         self._damaged: set[int] = set()
@@ -104,7 +106,7 @@ class Checkpoints:
         numpy. A damaged save is passed over with a warning. Raises StorageError when none is whole or `step` is damaged,
         or when the paths, shapes or types are not those saved.
         """
-        step = self._whole(step)
+        step = self._verified(step, self.latest)
         record = self.record(step)
         flat = _flat(abstract)
         self._require_fit(record, {path: _described(x) for path, x in flat.items()})
@@ -113,9 +115,9 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves), record
 
     def params_only(self, step: int | None = None) -> tuple[dict, int]:
-        """The parameters as nested dicts of numpy arrays, and their step: that asked for, else the best, else the newest whole
-        one. Raises as `restore` does."""
-        step = self._whole(self.best() if step is None else step)
+        """The parameters as nested dicts of numpy arrays, and their step: that asked for, else the best whole one, else the
+        newest. Raises as `restore` does."""
+        step = self._verified(step, lambda: self.latest() if (best := self.best()) is None else best)
         arrays = self.record(step).arrays
         wanted = {path: _abstract(described) for path, described in arrays.items() if path.startswith("params/")}
         return traverse_util.unflatten_dict(self._read(step, wanted), sep="/")["params"], step
@@ -201,8 +203,8 @@ class Checkpoints:
                 logging.warning("removing %s: it is damaged or was not saved to the end", self._folder / str(step))
             _remove(self._folder / str(step))
 
-    def _whole(self, step: int | None) -> int:
-        """`step`, or the newest for None, once verified by all processes."""
+    def _verified(self, step: int | None, choose: Callable[[], int | None]) -> int:
+        """`step`, or for None the first whole one of those `choose` offers, verified by all processes together."""
         self.wait()
         if step is not None:
             if step not in self.steps():
@@ -210,12 +212,12 @@ class Checkpoints:
             if problem := _damage(self._folder / str(step)):
                 raise StorageError(f"step {step}: {problem}")
             return step
-        while (newest := _agreed(max(self.steps(), default=-1))) >= 0:
-            problem = _damage(self._folder / str(newest))
+        while (offered := _agreed(-1 if (chosen := choose()) is None else chosen)) >= 0:
+            problem = _damage(self._folder / str(offered))
             if problem is None:
-                return newest
-            logging.warning("step %d cannot be used, going back to the save before it: %s", newest, problem)
-            self._damaged.add(newest)
+                return offered
+            logging.warning("step %d cannot be used, going back to another save: %s", offered, problem)
+            self._damaged.add(offered)
         damaged = f"; damaged: {sorted(self._damaged)}" if self._damaged else ""
         raise StorageError(f"{self._folder} holds no whole save{damaged}")
 
@@ -352,8 +354,14 @@ def _failed(folder: Path, error: Exception | str) -> StorageError:
     return StorageError(f"{folder} cannot be saved: {_line(error)}")
 
 
+def _told_once(record: logging.LogRecord) -> bool:
+    """Drops the pages Orbax logs of a save that failed in the background: the next call raises it in one line."""
+    return not any(mark in str(record.msg) for mark in ("in background save thread", "_SignalingThread.run() raised"))
+
+
 def _line(error: Exception | str) -> str:
-    """An error in one line; the libraries below add pages."""
+    """An error in one line; the libraries below write longer ones, with the cause at the end."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
-    return next(iter(str(error).splitlines()), type(error).__name__)[:300]
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return line if len(line) <= 300 else f"{line[:80]} ... {line[-200:]}"

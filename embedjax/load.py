@@ -37,12 +37,6 @@ class Model:
     origin: str
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def encode(self, texts, **options) -> np.ndarray:
-        """Vectors [N E] of N texts; the options are those of `embedjax.evaluate.encode.encode`."""
-        from embedjax.evaluate.encode import encode  # a method for users; the levels point the other way
-
-        return encode(self, texts, **options)
-
 
 def load(name: str | Path) -> Model:
     """The model of a run folder (its newest save; RUN@best or RUN@500 for another), of an exported, sentence-transformers or

@@ -25,7 +25,7 @@ from embedjax.config.errors import ConfigError, DataError, StorageError
 from embedjax.data.sources import open_source
 from embedjax.evaluate.encode import encode, fingerprint
 from embedjax.evaluate.retrieval import topk
-from embedjax.evaluate.rows import text_column, texts_of
+from embedjax.evaluate.rows import string_at, text_column
 from embedjax.load import Model
 
 LINES_SHOWN = 4
@@ -50,15 +50,18 @@ class Hit:
 
 
 def open_corpus(path: str | Path, column: str | None = None) -> Corpus:
-    """The texts of a file, or the functions in the .py files of a folder. Raises DataError when there are none."""
+    """The texts of a file, but for empty ones, or the functions in a folder's .py files. Raises DataError when there are none."""
     if Path(path).is_dir() and not any(Path(path).glob("*.parquet")):
         found = list(_functions(Path(path)))
         if not found:
             raise DataError(f"{path}: no Python functions in this folder")
         return Corpus([text for text, _ in found], [place for _, place in found])
     source = open_source(File(path=str(path)))
-    texts = list(texts_of(source, text_column(source, column)))
-    return Corpus(texts, [":".join(map(str, source.where(row))) for row in range(len(source))])
+    name = text_column(source, column)
+    texts = {row: text for row in range(len(source)) if (text := string_at(source, row, name)).strip()}
+    if not texts:
+        raise DataError(f"{path}: column {name!r} has no texts")
+    return Corpus(list(texts.values()), [":".join(map(str, source.where(row))) for row in texts])
 
 
 def search(
@@ -115,8 +118,8 @@ def cache_folder() -> Path:
 
 def show(hits: Sequence[Hit], out: TextIO | None = None) -> None:
     """Prints the hits: in colour and cut to the width on a terminal, as `rank score place` and indented text elsewhere."""
-    out = sys.stdout if out is None else out
-    console = Console(file=out) if out.isatty() else None
+    stream: TextIO = out or sys.stdout
+    console = Console(file=stream) if stream.isatty() else None
     width = shutil.get_terminal_size().columns
     for hit in hits:
         lines = [line for line in hit.text.splitlines() if line.strip()]
@@ -125,7 +128,7 @@ def show(hits: Sequence[Hit], out: TextIO | None = None) -> None:
             console.print(Text(head, style="bold"), overflow="ellipsis", no_wrap=True)
             console.print(Text("\n".join(line[: width - 1] for line in shown)))
         else:
-            print(head, *shown, sep="\n", file=out)
+            print(head, *shown, sep="\n", file=stream)
 
 
 def functions_in(source: str) -> Iterator[tuple[str, int]]:

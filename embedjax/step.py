@@ -74,7 +74,7 @@ def make(gradient: Gradient, tx: optax.GradientTransformation, schedule: Callabl
     def step(state: TrainState, constants: dict, columns: dict) -> tuple[TrainState, dict]:
         key = jax.random.bits(jax.random.fold_in(jax.random.key(seed), state.step), (), jnp.uint32)
         (loss, metrics), grads = gradient(state.params, constants, columns, key)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = bound(optax.apply_updates(state.params, updates))

@@ -1,5 +1,6 @@
 """Saves: bitwise on any mesh, only whole ones used, kept or removed by rule, and none lost to a kill."""
 
+import functools
 import json
 import logging
 import random
@@ -34,18 +35,24 @@ class State(NamedTuple):
     extra: dict
 
 
-def make_state(seed=0, devices=1):
-    """A state after one update, its matrices split over the devices."""
+@functools.cache
+def builder(devices):
+    """seed -> a state after one update, its matrices split over the devices."""
     mesh = jax.make_mesh((devices,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
 
-    def build():
-        kernel, half = jax.random.normal(jax.random.key(seed), (16, 4)), jnp.arange(8, dtype=jnp.bfloat16) / 3
+    def build(seed):
+        kernel, half = jnp.sin(jnp.arange(64.0) + seed).reshape(16, 4), jnp.arange(8, dtype=jnp.bfloat16) / 3
         params = {"towers": {"text": {"kernel": kernel, "half": half}}, "loss": {"scale": jnp.float32(seed)}}
         _, opt_state = TX.update(params, TX.init(params), params)
         return State(jnp.int32(seed), params, opt_state, {"skipped": jnp.int32(2)})
 
-    shardings = jax.tree.map(lambda x: NamedSharding(mesh, P("fsdp") if x.ndim == 2 else P()), jax.eval_shape(build))
-    return jax.jit(build, out_shardings=shardings)()
+    shardings = jax.tree.map(lambda x: NamedSharding(mesh, P("fsdp") if x.ndim == 2 else P()), jax.eval_shape(build, 0))
+    return jax.jit(build, out_shardings=shardings)
+
+
+@functools.cache
+def make_state(seed=0, devices=1):
+    return builder(devices)(seed)
 
 
 def abstract(state):
@@ -114,7 +121,7 @@ def test_the_state_may_be_donated_while_it_is_saved(saves):
     np.testing.assert_array_equal(params["w"], np.arange(2.0**19, dtype=np.float32))
 
 
-def test_params_come_alone_from_the_best_step(saves):
+def test_params_come_alone_from_the_best_whole_step(saves, tmp_path):
     fill(saves, [1], make_state(1), {1: {"sts/spearman": 0.9}})
     fill(saves, [2], make_state(2), {2: {"sts/spearman": 0.8}})
     params, step = saves.params_only()
@@ -122,6 +129,8 @@ def test_params_come_alone_from_the_best_step(saves):
     assert_same(params, jax.tree.map(np.asarray, make_state(1).params))
     params, step = saves.params_only(2)
     assert step == 2 and params["loss"]["scale"] == 2
+    flip(files_of(tmp_path, 1)[0])
+    assert saves.params_only()[1] == 2
 
 
 def test_the_latest_and_the_best_are_kept(saves, tmp_path):
@@ -223,7 +232,7 @@ def test_a_save_of_several_processes_needs_all_manifests(saves, tmp_path):
         (folder / f"manifest-{index}-of-2.json").write_text(json.dumps(share))
     assert saves.steps() == [1] and checkpoint._damage(folder) is None
     (folder / "manifest-1-of-2.json").write_text(json.dumps({"total": len(names), "files": {}}))
-    assert "list 8 files of" in (checkpoint._damage(folder) or "") or len(names) // 2 != 8
+    assert f"list {len(names[0::2])} files of [{len(names)}]" in (checkpoint._damage(folder) or "")
 
 
 def test_an_unfinished_removal_leaves_no_save(saves, tmp_path, monkeypatch):
@@ -264,7 +273,7 @@ def test_an_unwritable_folder_is_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(saves):
+def test_a_full_disk_is_one_line_and_loses_nothing(saves, caplog):
     fill(saves, [1])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     noise = {"params": {"w": jax.random.normal(jax.random.key(0), (2**19,))}}
@@ -275,7 +284,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(saves):
             saves.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert "\n" not in str(caught.value) and str(caught.value).endswith("File too large [os_error_code='27']")
+    assert "Traceback" not in caplog.text
     assert saves.restore(None, abstract(make_state()))[1].step == 1
     assert saves.save(2, noise, position=2, config={})
 
@@ -294,7 +304,8 @@ WRITER = textwrap.dedent("""
     step = saves.latest() or 0
     if step:
         found, record = saves.restore(None, jax.eval_shape(lambda: state(0)))
-        good = record.step == found["step"] == record.position and (found["params"]["w"] == np.arange(64.0) * found["step"]).all()
+        good = record.step == found["step"] == record.position
+        good &= (found["params"]["w"] == np.arange(64.0) * found["step"]).all()
         print("found" if good else "wrong", record.step, flush=True)
         step = record.step
     print("ready", step, flush=True)
@@ -362,7 +373,8 @@ PEER = textwrap.dedent("""
     build = lambda k: {"step": jnp.int32(k), "params": {"w": jnp.arange(32.0).reshape(8, 4) * k}}
     shard = {"step": NamedSharding(mesh, P()), "params": {"w": NamedSharding(mesh, P("fsdp"))}}
     make = jax.jit(build, out_shardings=shard, static_argnums=0)
-    like = lambda shard: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(lambda: build(0)), shard)
+    one = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    like = lambda shard: jax.tree.map(one, jax.eval_shape(lambda: build(0)), shard)
     local = lambda x: [(s.index, np.asarray(s.data)) for s in x.addressable_shards]
     with lock.hold(folder), Checkpoints(folder, keep=2) as saves:
         assert saves.latest() is None

@@ -5,29 +5,23 @@ seen. Which rows there are depends on the packages installed on this machine and
 tokenizing are not done here.
 """
 
-import ast
 import collections
 import dataclasses
 import functools
-import gc
 import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import platform
 import re
-import subprocess
-import sys
 import sysconfig
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from embedjax.config.data import Functions
 from embedjax.config.errors import DataError
+from embedjax.data import functions
 
 log = logging.getLogger(__name__)
 
@@ -40,23 +34,12 @@ TEST_FILE = re.compile(r"(test_.*|.*_tests?|conftest|tests?)\.py")
 DOCSTRING = re.compile(rb':[ \t]*\r?\n[ \t]+[rRuU]?("""|\'\'\')')
 
 FILE_BYTES = 1 << 20  # larger ones are generated
-SPARSE_BYTES = 2400  # a file with fewer than one docstring in so many bytes is not worth its parsing
-TOTAL_BYTES = 44 << 20  # parsing takes a second for about 5 MB
+SPARSE_BYTES = 2300  # a file with fewer than one docstring in so many bytes is not worth its parsing
+TOTAL_BYTES = 42 << 20  # parsing takes a second for about 5 MB
 PACKAGE_DOCSTRINGS = 6000  # enough of one package: its share of the rows is capped
-CODE_CHARS = 16_000
 SHARE = 5  # no package has more than one in SHARE rows
 TEST_SHARE = 0.12
 FEWEST = 1000
-
-SECTION = re.compile(
-    r"\s*(>>>|:\w+[^:]*:|@\w+|\.\. |[-=~*]{3,}|(Args?|Arguments|Parameters|Returns?|Raises|Yields?|Examples?|Notes?)\s*:)"
-)
-SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z`'\"(])")
-WORD = re.compile(r"[A-Za-z]{2,}")
-# A signature or a parameter's description, or a summary that says nothing of the function itself.
-EMPTY_WORDS = re.compile(r"[\w.]+ ?\(|(see|same as|deprecated|overrides?|overridden|inherited|todo)\b", re.IGNORECASE)
-
-Found = tuple[str, int, str, str]  # name, line, summary, code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +92,8 @@ class FunctionRows:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, object]:
+        if not 0 <= index < len(self.rows):
+            raise IndexError(f"{self.name}: row {index} of {len(self)}")
         row = self.rows[index]
         return {"summary": row.summary, "code": row.code, "name": row.name, "package": row.package}
 
@@ -162,7 +147,7 @@ def extract(roots: Sequence[str | Path], seed: int) -> dict[str, list[Function]]
     """The functions of the packages under `roots` as {"train": rows, "test": rows}, in an order drawn by the seed."""
     files = _chosen(_files(roots), seed)
     rows: list[tuple[bytes, Function]] = []
-    for file, found in zip(files, _read_all([file.path for file in files]), strict=True):
+    for file, found in zip(files, functions.read_all([file.path for file in files]), strict=True):
         for name, line, summary, code in found:
             function = Function(summary, code, name, file.package, file.path, line)
             rows.append((_draw(seed, file.place, name, line), function))
@@ -216,124 +201,6 @@ def _chosen(files: Iterable[_File], seed: int) -> list[_File]:
     return chosen
 
 
-# Which functions
-
-
-def _read_all(paths: Sequence[str]) -> list[list[Found]]:
-    """`_read` of each path, shared among a few processes.
-
-    They are plain child processes and not `multiprocessing`, whose children would import the user's script again.
-    """
-    count = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    count = max(1, min(count, len(paths) // 100))
-    command = [sys.executable, "-c", "from embedjax.data import builtin; builtin._serve()"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    children = []
-    for part in range(1, count):
-        child = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-        children.append((part, child))
-    found: list[list[Found]] = [[] for _ in paths]
-    answers = ThreadPoolExecutor(max(1, count - 1))
-    pending = [
-        (part, child, answers.submit(child.communicate, json.dumps(paths[part::count]).encode())) for part, child in children
-    ]
-    found[::count] = _read(paths[::count])
-    for part, child, answer in pending:
-        output, _ = answer.result()
-        found[part::count] = json.loads(output) if child.returncode == 0 else _read(paths[part::count])
-    answers.shutdown()
-    return found
-
-
-def _serve() -> None:
-    """The child of `_read_all`: paths on its input, what they hold on its output, both JSON."""
-    json.dump(_read(json.load(sys.stdin)), sys.stdout)
-
-
-def _read(paths: Sequence[str]) -> list[list[Found]]:
-    found = []
-    collecting = gc.isenabled()
-    gc.disable()  # trees of a million nodes: the collector would double the time and find nothing
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the packages' own invalid escapes
-            for path in paths:
-                try:
-                    text = Path(path).read_bytes().decode("utf-8-sig")
-                except (OSError, UnicodeDecodeError):
-                    text = ""
-                found.append(list(functions_of(text)))
-    finally:
-        if collecting:
-            gc.enable()
-    return found
-
-
-def functions_of(text: str) -> Iterator[Found]:
-    """(name, line, summary, code) of the documented functions and methods of a module; none if it does not parse."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    try:
-        module = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return
-    lines = text.split("\n")  # as ast counts them: form feeds do not end a line
-    scopes: list[ast.Module | ast.ClassDef] = [module]
-    while scopes:
-        scope = scopes.pop()
-        for node in scope.body:
-            if isinstance(node, ast.ClassDef):
-                scopes.append(node)
-            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                docstring = ast.get_docstring(node, clean=False)
-                summary = summary_of(docstring) if docstring else None
-                code = _code(node, lines) if summary else None
-                if summary and code:
-                    yield node.name, node.lineno, summary, code
-
-
-def summary_of(docstring: str) -> str | None:
-    """The first sentence of a docstring; None if it is not at least three words of plain English."""
-    paragraph: list[str] = []
-    for line in docstring[:2000].strip().split("\n"):
-        if not line.strip() or SECTION.match(line):
-            break
-        paragraph.append(line)
-    summary = SENTENCE.split(" ".join(" ".join(paragraph).split()))[0]
-    words = WORD.findall(summary)
-    if len(words) < 3 or len(summary) > 300 or EMPTY_WORDS.match(summary):
-        return None
-    plain = sum(character.isascii() for character in summary)
-    return summary if plain >= 0.95 * len(summary) and sum(map(len, words)) >= 0.5 * len(summary) else None
-
-
-def _code(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]) -> str | None:
-    """Source of a function from `def` on, without decorators and docstring, dedented; None if too little is left."""
-    docstring, rest = node.body[0], node.body[1:]
-    if not rest or (len(rest) == 1 and _trivial(rest[0])):
-        return None
-    first, last = docstring.lineno, docstring.end_lineno or docstring.lineno
-    if lines[first - 1][: docstring.col_offset].strip() or rest[0].lineno <= last:
-        return None  # the docstring shares its lines with code
-    kept = lines[node.lineno - 1 : first - 1] + lines[last : node.end_lineno]
-    indent = lines[node.lineno - 1][: node.col_offset]
-    # Not textwrap.dedent: a string whose lines start at the margin would keep the whole function indented.
-    code = "\n".join(line.removeprefix(indent) for line in kept)
-    if sum(1 for line in kept if line.strip()) < 3 or len(code) > CODE_CHARS:
-        return None
-    return code
-
-
-def _trivial(statement: ast.stmt) -> bool:
-    match statement:
-        case ast.Pass() | ast.Expr(value=ast.Constant()):
-            return True
-        case ast.Raise(exc=ast.Name(id="NotImplementedError") | ast.Call(func=ast.Name(id="NotImplementedError"))):
-            return True
-    return False
-
-
 # Which rows
 
 
@@ -341,7 +208,7 @@ def _distinct(rows: Iterable[Function]) -> Iterator[Function]:
     """Rows whose summary and code were not seen before, but for spaces, case and punctuation."""
     seen: set[str] = set()
     for row in rows:
-        keys = {" ".join(WORD.findall(row.summary)).lower(), "\0" + "".join(row.code.split())}
+        keys = {" ".join(functions.WORD.findall(row.summary)).lower(), "\0" + "".join(row.code.split())}
         if not keys & seen:
             yield row
         seen |= keys

@@ -16,6 +16,7 @@ import re
 import tempfile
 import zlib
 from collections.abc import Iterator
+from typing import IO
 
 from embedjax.config.errors import ConfigError, DataError, StorageError
 
@@ -148,7 +149,7 @@ def content(path: str) -> mmap.mmap:
             return _mapped(path, spool)
 
 
-def fetch(path: str) -> tempfile._TemporaryFileWrapper:
+def fetch(path: str) -> IO[bytes]:
     """A remote file as a local one with a `.name`, removed when closed or at exit: for readers that want a path."""
     with reading(path), open_binary(path) as raw:
         spool = tempfile.NamedTemporaryFile()  # noqa: SIM115 (the caller keeps it open as long as it reads)

@@ -81,7 +81,7 @@ def _key(source: Source, layout: Layout, texts: Mapping[str, Texts], prompts: Ma
     towers = {
         tower: [
             hashlib.sha256(texts[tower].tokenizer.to_str().encode()).hexdigest(),
-            [texts[tower].max_length, texts[tower].prompts, texts[tower].default_prompt, prompts.get(tower)],
+            [texts[tower].max_length, dict(texts[tower].prompts), texts[tower].default_prompt, prompts.get(tower)],
         ]
         for tower in map(tower_column, layout.texts)
     }

@@ -1,7 +1,8 @@
 """Files of records as rows: Parquet, ArrayRecord, and data sets prepared by tensorflow-datasets, read without TensorFlow."""
 
-import collections
+import bisect
 import dataclasses
+import itertools
 import os
 import threading
 from collections.abc import Callable
@@ -19,25 +20,35 @@ CACHE_BYTES = 1 << 29
 class RowGroups:
     """Decoded row groups of all files of a source, `limit` bytes of them: the least recently used leave, the last one stays.
 
-    The lock is held while a group is decoded, so that two threads never decode the same one.
+    A group that is there is found without a lock, for threads that read rows would queue at it; the lock is held while one
+    is decoded, so that no two threads decode the same.
     """
 
     def __init__(self, limit: int = CACHE_BYTES):
-        self.limit, self.size = limit, 0
-        self.groups: collections.OrderedDict[tuple[str, int], object] = collections.OrderedDict()
+        self.limit = limit
+        self.groups: dict[tuple[str, int], object] = {}
+        self.used: dict[tuple[str, int], int] = {}
+        self.clock = itertools.count()
         self.lock = threading.Lock()
 
     def get(self, key: tuple[str, int], decode: Callable[[], object]) -> object:
         """The group under `key`; `decode()` makes it: a pyarrow table, or a str that says why it cannot be decoded."""
-        with self.lock:
-            if key in self.groups:
-                self.groups.move_to_end(key)
-                return self.groups[key]
-            group = self.groups[key] = decode()
-            self.size += getattr(group, "nbytes", 0)
-            while self.size > self.limit and len(self.groups) > 1:
-                self.size -= getattr(self.groups.popitem(last=False)[1], "nbytes", 0)
-            return group
+        self.used[key] = next(self.clock)
+        group = self.groups.get(key)
+        if group is None:
+            with self.lock:
+                group = self.groups.get(key)
+                if group is None:
+                    group = self.groups[key] = decode()
+                    self._shrink()
+        return group
+
+    def _shrink(self) -> None:
+        sizes = {key: getattr(group, "nbytes", 0) for key, group in self.groups.items()}
+        for key in sorted(self.groups, key=self.used.__getitem__)[:-1]:
+            if sum(sizes.values()) <= self.limit:
+                break
+            del self.groups[key], sizes[key]
 
 
 class Parquet:
@@ -57,19 +68,19 @@ class Parquet:
         if len(set(self.columns)) < len(self.columns):
             raise DataError(f"{path}: column names appear twice: {', '.join(self.columns)}")
         rows = [self.metadata.row_group(g).num_rows for g in range(self.metadata.num_row_groups)]
-        self.ends = np.cumsum([0, *rows])
+        self.starts = [0, *itertools.accumulate(rows)]
         if not len(self):
             raise DataError(f"{path}: no rows")
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return self.starts[-1]
 
     def __getitem__(self, i: int) -> dict[str, object]:
-        group = int(np.searchsorted(self.ends, i, side="right")) - 1
+        group = bisect.bisect_right(self.starts, i) - 1
         table = self.cache.get((self.path, group), lambda: self._decode(group))
         if isinstance(table, str):
             raise BadRow(self.path, i + 1, table)
-        at = i - int(self.ends[group])
+        at = i - self.starts[group]
         try:
             return {name: column[at].as_py() for name, column in zip(self.columns, table.columns, strict=True)}  # pyright: ignore
         except (ValueError, OverflowError) as e:  # text that is not UTF-8, times that Python cannot hold
@@ -190,18 +201,11 @@ def open_tfds(source: Tfds) -> list[TfdsShard]:
     if kind not in openers:
         raise DataError(f"{name}: prepared as {kind}; prepare it with file_format array_record or parquet")
     columns = tuple(info.features)  # pyright: ignore[reportArgumentType]
-    return [
-        TfdsShard(
-            path,
-            columns,
-            openers[kind](path),
-            info.features,
-            step.skip,
-            step.examples_in_shard - step.skip if step.take < 0 else step.take,
-        )
-        for step in instructions
-        for path in (os.fspath(step.filename),)
-    ]
+    shards = []
+    for step in instructions:
+        path, take = os.fspath(step.filename), step.examples_in_shard - step.skip if step.take < 0 else step.take
+        shards.append(TfdsShard(path, columns, openers[kind](path), info.features, step.skip, take))
+    return shards
 
 
 def _parquet_bytes(path: str, cache: RowGroups) -> Callable[[int], bytes]:

@@ -1,7 +1,7 @@
 """What one row is: a dict of plain Python values, or a BadRow that says where it stands and what is wrong with it."""
 
 import json
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from embedjax.config.errors import DataError
 
@@ -14,6 +14,7 @@ class BadRow(DataError):
         self.file, self.row, self.reason = file, row, reason
 
 
+@runtime_checkable
 class Part(Protocol):
     """The rows of one file, read in any order from any thread; `part[i]` raises BadRow for a row that cannot be decoded."""
 

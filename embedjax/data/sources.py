@@ -9,7 +9,7 @@ import itertools
 import operator
 import re
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, SupportsIndex, runtime_checkable
 
 from embedjax import config
 from embedjax.config.errors import ConfigError, DataError, nearest
@@ -27,6 +27,7 @@ ENDINGS = {
 SHARD = re.compile(r"-\d+-of-\d+$")
 
 
+@runtime_checkable
 class Source(Protocol):
     """Rows by number. Row i is always the same row, so i may be its id.
 
@@ -46,9 +47,9 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, i: int, /) -> dict[str, object]: ...
+    def __getitem__(self, i: SupportsIndex, /) -> dict[str, object]: ...
 
-    def where(self, i: int, /) -> tuple[str, int]:
+    def where(self, i: SupportsIndex, /) -> tuple[str, int]:
         """The file of row i and its 1-based number there: the line it begins on in a text file, else the record."""
         ...
 
@@ -65,16 +66,16 @@ class Files:
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def __getitem__(self, i: int) -> dict[str, object]:
+    def __getitem__(self, i: SupportsIndex, /) -> dict[str, object]:
         part, at = self._find(i)
         return part[at]
 
-    def where(self, i: int) -> tuple[str, int]:
+    def where(self, i: SupportsIndex, /) -> tuple[str, int]:
         part, at = self._find(i)
         return part.path, part.place(at)
 
-    def _find(self, i: int) -> tuple[Part, int]:
-        i = operator.index(i)
+    def _find(self, index: SupportsIndex) -> tuple[Part, int]:
+        i = operator.index(index)
         if not 0 <= i < self.ends[-1]:
             raise IndexError(f"{self.name}: row {i} of {len(self)}")
         n = bisect.bisect_right(self.ends, i)

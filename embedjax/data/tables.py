@@ -178,27 +178,29 @@ def _quoted_records(
     """
     starts, lines = array("q"), array("q")
     data.seek(begin)
-    at, number = begin, 0
+    at, number, fresh = begin, 0, True  # fresh: the next line begins a record, for csv has seen the last one's end
 
-    def rest(line: bytes, first: int) -> Iterator[str]:
-        nonlocal at, number
-        yield line.decode("latin-1")
-        while more := data.readline():
-            at, number = at + len(more), number + 1
-            yield more.decode("latin-1")
-        raise DataError(f"{path}: line {first} opens a quote that is never closed")  # csv asked for more than there is
+    def feed() -> Iterator[str]:
+        nonlocal at, number, fresh
+        while line := data.readline():
+            start, at, number = at, at + len(line), number + 1
+            if fresh and line.strip(b"\r\n"):
+                starts.append(start)
+                lines.append(number)
+                fresh = b'"' not in line
+            if not fresh:
+                yield line.decode("latin-1")
+        if not fresh:  # csv asked for more than there is
+            raise DataError(f"{path}: line {lines[-1]} opens a quote that is never closed")
 
-    while line := data.readline():
-        start, at, number = at, at + len(line), number + 1
-        first = number
-        if line.strip(b"\r\n"):
-            starts.append(start)
-            lines.append(first)
-        if b'"' in line:
-            try:
-                next(csv.reader(rest(line, first), delimiter=delimiter))
-            except csv.Error:  # a bad row, unless its end was not found
-                if at - start > FIELD_LIMIT:
-                    raise DataError(f"{path}: line {first} opens a quote not closed within {FIELD_LIMIT >> 20} MiB") from None
+    reader = csv.reader(feed(), delimiter=delimiter)
+    while True:
+        try:
+            if next(reader, None) is None:
+                break
+        except csv.Error:  # a bad row, unless its end was not found
+            if at - starts[-1] > FIELD_LIMIT:
+                raise DataError(f"{path}: line {lines[-1]} opens a quote not closed within {FIELD_LIMIT >> 20} MiB") from None
+        fresh = True
     starts.append(len(data))
     return np.array(starts, np.int64), np.array(lines, np.int64)

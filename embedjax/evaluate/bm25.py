@@ -22,13 +22,14 @@ def bm25_rank(queries: Sequence[str], documents: Sequence[str], k: int, *, words
     """
     k = min(k, len(documents))
     prepare = {"plain": str, "identifiers": split_identifiers}[words]
-    tokens = [bm25s.tokenize([prepare(text) for text in texts], show_progress=False) for texts in (documents, queries)]
-    if not any(len(found) for found in tokens[0].ids):
+    words_of = lambda texts: bm25s.tokenize([prepare(text) for text in texts], return_ids=False, show_progress=False)
+    corpus = words_of(documents)
+    if not any(corpus):
         return np.full((len(queries), k), -1, np.int32)
     index = bm25s.BM25()
-    index.index(tokens[0], show_progress=False)
-    found = index.retrieve(tokens[1], k=k, show_progress=False, backend_selection="numpy")
-    return np.where(found.scores > 0, found.documents, -1).astype(np.int32)
+    index.index(corpus, show_progress=False)
+    found, scores = index.retrieve(words_of(queries), k=k, show_progress=False, backend_selection="numpy")
+    return np.where(scores > 0, found, -1).astype(np.int32)
 
 
 def split_identifiers(text: str) -> str:

@@ -77,6 +77,7 @@ class Encoder:
         tower = model.config.tower_of(column)
         params = model.params["towers"][tower]
         self.texts, self.prompt, self.mesh = model.texts[tower], prompt, mesh or mesh_of(params)
+        assert self.texts.pad_side == "right", "batches are cut from the left end of a block"
         self.params = jax.tree.map(lambda leaf: _on(self.mesh, leaf), params)
         self.width = model.embedders[tower].width
         self.forward = _forward(model.embedders[tower], self.mesh)

@@ -24,7 +24,7 @@ DEPTH = 100
 class Side:
     """The texts of one column, and their tokens as the last tokenizer gave them, so that a run tokenizes them once."""
 
-    def __init__(self, texts: Sequence[str], column: str, prompt: str | None = None):
+    def __init__(self, texts: list[str], column: str, prompt: str | None = None):
         self.texts, self.column, self.prompt = texts, column, prompt
         self.tokens: tuple[tuple, list[Columns]] | None = None
 

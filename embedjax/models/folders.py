@@ -8,7 +8,7 @@ that of 5.4 and later (other class paths, `pooling_mode`, the tokenizer's model_
 import dataclasses
 import re
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -31,7 +31,10 @@ BOOLEANS = {  # the legacy spelling's key of each pooling
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-ACTIVATIONS = {"torch.nn.modules.activation.Tanh": "tanh", "torch.nn.modules.linear.Identity": "identity"}
+ACTIVATIONS: dict[str, Literal["tanh", "identity"]] = {
+    "torch.nn.modules.activation.Tanh": "tanh",
+    "torch.nn.modules.linear.Identity": "identity",
+}
 ENCODER_CONFIGS = tuple(f"sentence_{name}_config.json" for name in ("bert", "roberta", "distilbert", "xlm-roberta"))
 
 

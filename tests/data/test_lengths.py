@@ -99,7 +99,7 @@ def test_a_bad_row_has_the_lengths_of_its_stand_in(index):
 
 
 def test_too_many_bad_rows_stop_the_pass(index, tmp_path):
-    with pytest.raises(DataError, match=r"2 of 19 rows.*rows.jsonl, row 2: column 'q' is empty"):
+    with pytest.raises(DataError, match=r"2 of 19 rows.*rows.jsonl, row 3: column 'q' is empty"):
         index([ROWS[0], ("", "x", "y"), ("", "x", "y"), *ROWS[3:]], words=Words(), share=0.06)
     assert not (tmp_path / "lengths").exists()
 

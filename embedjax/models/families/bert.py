@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from embedjax.config.errors import ConfigError
-from embedjax.config.model import Bert, Roberta
+from embedjax.config.model import Bert, Roberta, Transformer
 from embedjax.models.layers import Embed, LayerNorm, PostNormBlock, Spec, View, counted_positions, padding_bias, stack
 from embedjax.models.names import Names, Row, activation_from_hf, activation_to_hf, linear, norm
 from embedjax.models.ops import dropout, layer_seeds, token_seeds
@@ -87,16 +87,17 @@ names = Names(
 
 def from_hf(config: dict[str, Any]) -> Bert:
     """The architecture a config.json describes."""
-    return Bert(**fields_from_hf(config), pad_id=config.get("pad_token_id") or 0)
+    return Bert(**fields_from_hf(config), token_types=config.get("type_vocab_size", 2), pad_id=config.get("pad_token_id") or 0)
 
 
 def to_hf(arch: Bert) -> dict[str, Any]:
     """The config.json of an architecture."""
-    return {"architectures": ["BertModel"], "model_type": "bert"} | fields_to_hf(arch)
+    kind = {"architectures": ["BertModel"], "model_type": "bert", "position_embedding_type": "absolute"}
+    return kind | fields_to_hf(arch) | {"type_vocab_size": arch.token_types}
 
 
 def fields_from_hf(config: dict[str, Any]) -> dict[str, Any]:
-    """What BERT's and RoBERTa's config.json name alike. Raises ConfigError for what the tower does not compute."""
+    """What all descendants of BERT name alike in config.json. Raises ConfigError for what the tower does not compute."""
     for key, known in (("position_embedding_type", "absolute"), ("is_decoder", False), ("add_cross_attention", False)):
         if config.get(key, known) != known:
             raise ConfigError(f"{key} {config[key]!r} is not supported; expected {known!r}")
@@ -112,11 +113,10 @@ def fields_from_hf(config: dict[str, Any]) -> dict[str, Any]:
         "dropout": config.get("hidden_dropout_prob", 0.1),
         "attention_dropout": config.get("attention_probs_dropout_prob", 0.1),
         "init_std": config.get("initializer_range", 0.02),
-        "token_types": config.get("type_vocab_size", 2),
     }
 
 
-def fields_to_hf(arch: Bert | Roberta) -> dict[str, Any]:
+def fields_to_hf(arch: Transformer) -> dict[str, Any]:
     """The inverse of `fields_from_hf`, and the padding token."""
     return {
         "vocab_size": arch.vocab_size,
@@ -130,7 +130,5 @@ def fields_to_hf(arch: Bert | Roberta) -> dict[str, Any]:
         "hidden_dropout_prob": arch.dropout,
         "attention_probs_dropout_prob": arch.attention_dropout,
         "initializer_range": arch.init_std,
-        "type_vocab_size": arch.token_types,
         "pad_token_id": arch.pad_id,
-        "position_embedding_type": "absolute",
     }

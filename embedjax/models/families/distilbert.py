@@ -67,6 +67,16 @@ def sinusoids(rows: int, width: int) -> Float[Array, "P D"]:
     return jnp.asarray(np.where(np.arange(width) % 2 == 0, np.sin(angle), np.cos(angle)), jnp.float32)
 
 
+def longest(arch: DistilBert) -> int:
+    """Most tokens a text may have."""
+    return arch.positions
+
+
+def sizes(arch: DistilBert) -> dict[str, int]:
+    """The axis letters of the table of names."""
+    return {"V": arch.vocab_size, "P": arch.positions, "D": arch.width, "F": arch.mlp}
+
+
 names = Names(
     prefix="distilbert.",
     left_out=(r"embeddings\.position_ids", r"vocab_.*", r"pre_classifier\..*", r"classifier\..*", r"qa_outputs\..*"),
@@ -84,16 +94,6 @@ names = Names(
         *norm("blocks/mlp_norm", "transformer.layer.{layer}.output_layer_norm"),
     ),
 )
-
-
-def longest(arch: DistilBert) -> int:
-    """The longest text in tokens."""
-    return arch.positions
-
-
-def sizes(arch: DistilBert) -> dict[str, int]:
-    """The sizes that the table of names speaks of."""
-    return {"V": arch.vocab_size, "P": arch.positions, "D": arch.width, "F": arch.mlp}
 
 
 def from_hf(config: dict[str, Any]) -> DistilBert:

@@ -64,6 +64,16 @@ def outside(length: int, window: int) -> Bool[Array, "L L"]:
     return jnp.abs(place_L[:, None] - place_L[None]) > window // 2
 
 
+def longest(arch: ModernBert) -> int:
+    """Most tokens a text may have."""
+    return arch.positions
+
+
+def sizes(arch: ModernBert) -> dict[str, int]:
+    """The axis letters of the table of names."""
+    return {"V": arch.vocab_size, "D": arch.width, "F": arch.mlp}
+
+
 names = Names(
     prefix="model.",
     left_out=(r"head\..*", r"decoder\..*", r"classifier\..*", r"qa_outputs\..*"),
@@ -83,16 +93,6 @@ names = Names(
         Row("final_norm/scale", "final_norm.weight", "D"),
     ),
 )
-
-
-def longest(arch: ModernBert) -> int:
-    """The longest text in tokens."""
-    return arch.positions
-
-
-def sizes(arch: ModernBert) -> dict[str, int]:
-    """The sizes that the table of names speaks of."""
-    return {"V": arch.vocab_size, "D": arch.width, "F": arch.mlp}
 
 
 def from_hf(config: dict[str, Any]) -> ModernBert:

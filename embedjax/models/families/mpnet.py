@@ -72,6 +72,23 @@ def buckets(length: int, count: int) -> Int[Array, "L L"]:
     return bucket_L[jnp.abs(offset_LL)] + half * (offset_LL > 0)
 
 
+def longest(arch: Mpnet) -> int:
+    """Most tokens a text may have: tokens never use the first pad_id + 1 rows of the position table."""
+    return arch.positions - arch.pad_id - 1
+
+
+def sizes(arch: Mpnet) -> dict[str, int]:
+    """The axis letters of the table of names."""
+    return {
+        "V": arch.vocab_size,
+        "P": arch.positions,
+        "R": arch.relative_buckets,
+        "H": arch.heads,
+        "D": arch.width,
+        "F": arch.mlp,
+    }
+
+
 names = Names(
     prefix="mpnet.",
     left_out=(r"embeddings\.position_ids", r"pooler\..*", r"lm_head\..*", r"classifier\..*", r"qa_outputs\..*"),
@@ -90,23 +107,6 @@ names = Names(
         *norm("blocks/mlp_norm", "encoder.layer.{layer}.output.LayerNorm"),
     ),
 )
-
-
-def longest(arch: Mpnet) -> int:
-    """The longest text in tokens: the first rows of the position table are padding's."""
-    return arch.positions - arch.pad_id - 1
-
-
-def sizes(arch: Mpnet) -> dict[str, int]:
-    """The sizes that the table of names speaks of."""
-    return {
-        "V": arch.vocab_size,
-        "P": arch.positions,
-        "R": arch.relative_buckets,
-        "H": arch.heads,
-        "D": arch.width,
-        "F": arch.mlp,
-    }
 
 
 def from_hf(config: dict[str, Any]) -> Mpnet:

@@ -14,11 +14,13 @@ names = dataclasses.replace(bert.names, prefix="roberta.")
 
 def from_hf(config: dict[str, Any]) -> Roberta:
     """The architecture a config.json describes."""
-    pad_id = config.get("pad_token_id")
-    return Roberta(**bert.fields_from_hf(config), pad_id=1 if pad_id is None else pad_id, model_type=config["model_type"])
+    pad_id, types = config.get("pad_token_id"), config.get("type_vocab_size", 2)
+    fields = bert.fields_from_hf(config)
+    return Roberta(**fields, token_types=types, pad_id=1 if pad_id is None else pad_id, model_type=config["model_type"])
 
 
 def to_hf(arch: Roberta) -> dict[str, Any]:
     """The config.json of an architecture."""
     name = {"roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel"}[arch.model_type]
-    return {"architectures": [name], "model_type": arch.model_type} | bert.fields_to_hf(arch)
+    kind = {"architectures": [name], "model_type": arch.model_type, "position_embedding_type": "absolute"}
+    return kind | bert.fields_to_hf(arch) | {"type_vocab_size": arch.token_types}
