@@ -139,6 +139,82 @@ def _pairs(text: str) -> dict[str, str]:
     return pairs
 
 
+def encode(arguments: Sequence[str]) -> None:
+    """encode MODEL INPUT OUTPUT"""
+
+    def command(
+        model: tyro.conf.Positional[str],
+        input: tyro.conf.Positional[str],
+        output: tyro.conf.Positional[str],
+        column: str = "",
+        tower: Literal["anchor", "positive"] = "positive",
+        prompt: str = "",
+    ) -> tuple:
+        """Writes one vector a text. The same command after a kill goes on where it stopped.
+
+        Args:
+            model: Run folder, exported folder, Hugging Face or sentence-transformers folder, or hub id.
+            input: .txt with a text a line, .jsonl, .csv, .tsv or .parquet.
+            output: .npy (float32, N x E) or .parquet (texts and vectors).
+            column: Column of the texts in the input (default: the only one, or "text").
+            tower: Where query and document towers differ: anchor encodes queries, positive documents.
+            prompt: Name of one of the model's prompts.
+        """
+        return model, input, output, column, tower, prompt
+
+    name, source, output, column, tower, prompt = tyro.cli(command, args=arguments, prog="embedjax encode")
+    from embedjax.config import Mesh
+    from embedjax.evaluate.files import encode_file
+    from embedjax.evaluate.progress import Display
+    from embedjax.load import load
+    from embedjax.sharding import make_mesh
+
+    with Display("encode") as progress:
+        rows = encode_file(
+            load(name),
+            source,
+            output,
+            column=column or None,
+            as_column=tower,
+            prompt=prompt or None,
+            mesh=make_mesh(Mesh()),
+            progress=progress,
+        )
+    print(f"{output}: {rows} vectors")
+
+
+def search(arguments: Sequence[str]) -> None:
+    """search MODEL --corpus FILE QUERY"""
+
+    def command(
+        model: tyro.conf.Positional[str],
+        query: tyro.conf.Positional[str],
+        corpus: str,
+        column: str = "",
+        k: int = 5,
+    ) -> tuple:
+        """Prints the texts of a corpus nearest to a query.
+
+        Args:
+            model: Run folder, exported folder, Hugging Face or sentence-transformers folder, or hub id.
+            query: What to look for.
+            corpus: File of texts (.txt, .jsonl, .csv, .tsv, .parquet), or a folder whose Python functions are the texts.
+            column: Column of the texts (default: the only one, or "text").
+            k: How many to print.
+        """
+        return model, query, corpus, column, k
+
+    name, query, path, column, k = tyro.cli(command, args=arguments, prog="embedjax search")
+    from embedjax import search as finder
+    from embedjax.evaluate.progress import Display
+    from embedjax.load import load
+
+    model, corpus = load(name), finder.open_corpus(path, column or None)
+    with Display("encode the corpus") as progress:
+        hits = finder.search(model, corpus, query, k, cache=finder.cache_folder(), progress=progress)
+    finder.show(hits)
+
+
 def export(arguments: Sequence[str]) -> None:
     """export MODEL FOLDER | export FOLDER --check"""
 
@@ -197,6 +273,8 @@ def doctor(arguments: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
+    "encode": encode,
+    "search": search,
     "export": export,
     "doctor": doctor,
 }

@@ -17,7 +17,7 @@ from embedjax.config.errors import ConfigError
 from embedjax.data.batches import Batches
 from embedjax.data.sources import BadRow, open_source
 from embedjax.data.text import Texts, save_tokenizer, train_wordpiece
-from embedjax.load import make_texts, resolve_tower
+from embedjax.load import make_texts, resolve_tower, tokenizer_folders
 from embedjax.metrics.pace import train_flops
 from embedjax.models import folders
 from embedjax.models.embedder import Embedder, build_embedder
@@ -120,7 +120,7 @@ def _overlay(random: dict, read: dict) -> dict:
 
 def _texts(config: Config, name: str, tower: Tower, sources: dict, folder: Path) -> Texts:
     """The tower's tokenizer, kept in the run folder so that the run stands alone."""
-    kept = folder / "tokenizer" / name
+    kept = tokenizer_folders(folder, config.model)[name]
     if not (kept / "tokenizer.json").exists():
         assert tower.arch is not None and tower.max_length is not None
         if tower.tokenizer == "wordpiece":
@@ -131,9 +131,9 @@ def _texts(config: Config, name: str, tower: Tower, sources: dict, folder: Path)
             origin = tower.tokenizer or tower.init
             if not origin:
                 raise ConfigError(f'tower {name!r} has no tokenizer; name one, or use "wordpiece" to train one')
-            texts = make_texts(tower, str(folders.resolve(origin)))
+            texts = make_texts(tower, folders.resolve(origin))
             save_tokenizer(texts.tokenizer, kept, max_length=tower.max_length, source=folders.resolve(origin))
-    return make_texts(tower, str(kept))
+    return make_texts(tower, kept)
 
 
 def _training_text(config: Config, sources: dict) -> Iterator[str]:

@@ -26,14 +26,15 @@ MAIN_METRIC = {configs.Sts: "spearman", configs.Retrieval: "ndcg@10"}
 class Model:
     """A model ready to encode.
 
-    `params` is `{"towers": {name: ...}}` on the host or on devices; `texts` turns strings into ids, a tower each; `origin`
-    says where it came from, and `details` holds what is known of its training (run config, scores).
+    `params` is `{"towers": {name: ...}}` on the host or on devices; `texts` turns strings into ids, a tower each, and
+    `tokenizers` are the folders of their files; `origin` says where it came from, `details` what is known of its training.
     """
 
     config: configs.Model
     embedders: Mapping[str, Embedder]
     params: Mapping[str, Any]
     texts: Mapping[str, Texts]
+    tokenizers: Mapping[str, Path]
     origin: str
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -47,18 +48,23 @@ def load(name: str | Path) -> Model:
     folder = folders.resolve(str(name))
     tower = folders.read_tower(folder)
     params = {"towers": {"text": folders.read_params(folder, tower)}}
-    return assemble(configs.Model({"text": tower}), params, {"text": make_texts(tower, str(folder))}, str(name))
+    return assemble(configs.Model({"text": tower}), params, {"text": make_texts(tower, folder)}, {"text": folder}, str(name))
 
 
 def assemble(
-    model: configs.Model, params: Mapping, texts: Mapping[str, Texts], origin: str, details: Mapping[str, Any] | None = None
+    model: configs.Model,
+    params: Mapping,
+    texts: Mapping[str, Texts],
+    tokenizers: Mapping[str, Path],
+    origin: str,
+    details: Mapping[str, Any] | None = None,
 ) -> Model:
     """A Model from resolved towers, their parameters and what tokenizes for them."""
     embedders = {name: build_embedder(tower) for name, tower in model.towers.items()}
-    return Model(model, embedders, params, texts, origin, details or {})
+    return Model(model, embedders, {"towers": params["towers"]}, texts, tokenizers, origin, details or {})
 
 
-def make_texts(tower: Tower, tokenizer: str) -> Texts:
+def make_texts(tower: Tower, tokenizer: Path) -> Texts:
     """What turns strings into the inputs of a resolved tower. Raises ConfigError when the tokenizer outgrows its table."""
     loaded = load_tokenizer(tokenizer)
     assert tower.arch is not None and tower.max_length is not None
@@ -107,6 +113,11 @@ def is_run(path: Path) -> bool:
         return False
 
 
+def tokenizer_folders(run: Path, model: configs.Model) -> dict[str, Path]:
+    """Where a run keeps the tokenizer of each tower."""
+    return {name: run / "tokenizer" / name for name in model.towers}
+
+
 def best_metric(config: configs.Config) -> str | None:
     """The metric that chooses the best save: the config's, else the main one of the first task."""
     tasks = config.evaluate.tasks
@@ -120,9 +131,10 @@ def _from_run(path: Path, which: str) -> Model:
     with Checkpoints(path / "checkpoints", best=best_metric(config) if which == "best" else None) as checkpoints:
         params, step = checkpoints.params_only(int(which) if which.isdecimal() else None)
     params = combine(params, read_constants(path))
-    texts = {name: make_texts(tower, str(path / "tokenizer" / name)) for name, tower in config.model.towers.items()}
+    tokenizers = tokenizer_folders(path, config.model)
+    texts = {name: make_texts(tower, tokenizers[name]) for name, tower in config.model.towers.items()}
     details = {"config": config, "step": step, "run": str(path)}
-    return assemble(config.model, {"towers": params["towers"]}, texts, str(path), details)
+    return assemble(config.model, params, texts, tokenizers, str(path), details)
 
 
 def write_constants(run: Path, constants: Mapping) -> None:

@@ -17,7 +17,7 @@ from embedjax.config.errors import Saved
 from embedjax.data.sources import manifest
 from embedjax.evaluate import report, tasks
 from embedjax.export import export
-from embedjax.load import Model, assemble, best_metric, read_constants, write_constants
+from embedjax.load import Model, assemble, best_metric, read_constants, tokenizer_folders, write_constants
 from embedjax.metrics.pace import peak_flops
 from embedjax.metrics.progress import Progress, Status
 from embedjax.metrics.writers import Writer
@@ -138,7 +138,7 @@ def _model(run: build.Run, state: TrainState, constants: dict, folder: Path, ste
     """The model as it stands, where its parameters are."""
     details = {"config": run.config, "step": step, "run": str(folder)}
     params = combine(state.params, constants)
-    return assemble(run.config.model, {"towers": params["towers"]}, run.texts, str(folder), details)
+    return assemble(run.config.model, params, run.texts, tokenizer_folders(folder, run.config.model), str(folder), details)
 
 
 def _scores(row: Mapping[str, float]) -> dict[str, float]:

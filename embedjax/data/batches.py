@@ -74,7 +74,7 @@ class Batches:
             rows = self._measured(rows, folder / "lengths" if folder else None, write=process_index == 0)
         self.order = Order(rows, seed=seed, batch_size=data.batch_size, table=self.table, shuffle=data.shuffle)
         share = data.batch_size // process_count
-        self._mine = slice(0 * share, (process_index + 1) * share)
+        self._mine = slice(process_index * share, (process_index + 1) * share)
         self._lock = threading.Lock()
         self._drawn: set[tuple[int, int]] = set()
         self._tokens = self._cells = 0

@@ -16,7 +16,6 @@ import re
 import tempfile
 import zlib
 from collections.abc import Iterator
-from typing import IO
 
 from embedjax.config.errors import ConfigError, DataError, StorageError
 
@@ -149,12 +148,19 @@ def content(path: str) -> mmap.mmap:
             return _mapped(path, spool)
 
 
-def fetch(path: str) -> IO[bytes]:
-    """A remote file as a local one with a `.name`, removed when closed or at exit: for readers that want a path."""
-    with reading(path), open_binary(path) as raw:
-        spool = tempfile.NamedTemporaryFile()  # noqa: SIM115 (the caller keeps it open as long as it reads)
-        _fill(path, raw, spool)
-        return spool
+@contextlib.contextmanager
+def local_file(path: str) -> Iterator[str]:
+    """A local name of a file, for readers that want one. A remote file is fetched, and its name removed at the end of the
+    block: a reader that has opened it keeps it.
+    """
+    with reading(path):
+        if not is_remote(path):
+            os.stat(path)
+            yield path
+            return
+        with open_binary(path) as raw, tempfile.NamedTemporaryFile() as spool:
+            _fill(path, raw, spool)
+            yield spool.name
 
 
 def _fill(path: str, source, spool) -> None:

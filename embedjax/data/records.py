@@ -11,7 +11,7 @@ import numpy as np
 
 from embedjax.config.data import Tfds
 from embedjax.config.errors import DataError
-from embedjax.data.files import fetch, is_remote, open_binary, reading
+from embedjax.data.files import is_remote, local_file, open_binary, reading
 from embedjax.data.rows import BadRow, json_object, utf8
 
 CACHE_BYTES = 1 << 29
@@ -111,11 +111,9 @@ class ArrayRecord:
         from array_record.python.array_record_module import ArrayRecordReader
 
         self.path = path
-        self.local = fetch(path) if is_remote(path) else None
-        with reading(path):
-            os.stat(self.local.name if self.local else path)
-        # The reader's own settings for random access: no read-ahead, no threads.
-        self.reader = ArrayRecordReader(self.local.name if self.local else path, "readahead_buffer_size:0,max_parallelism:0")
+        with local_file(path) as local:
+            # The package's settings for random access: no read-ahead, no threads. It opens a missing file without a word.
+            self.reader = ArrayRecordReader(local, "readahead_buffer_size:0,max_parallelism:0")
         if not self.reader.ok():
             raise DataError(f"{path}: empty, truncated or not an ArrayRecord file")
         self.rows = self.reader.num_records()

@@ -13,12 +13,12 @@ from embedjax.config.errors import ConfigError, StorageError, nearest
 from embedjax.data.text import save_tokenizer
 from embedjax.export import card, gate
 from embedjax.load import Model
-from embedjax.models import folders
+from embedjax.models import written
 from embedjax.models.embedder import build_embedder
 
 log = logging.getLogger(__name__)
 
-FORMATS = {"sentence-transformers": folders.write_sentence_transformers, "hf": folders.write_hf}
+FORMATS = {"sentence-transformers": written.write_sentence_transformers, "hf": written.write_hf}
 
 
 def export(
