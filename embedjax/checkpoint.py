@@ -201,7 +201,10 @@ class Checkpoints:
         for step in set(self._folders()) - set(steps[-self._keep :]) - {self.best()}:
             if step not in steps:
                 logging.warning("removing %s: it is damaged or was not saved to the end", self._folder / str(step))
-            _remove(self._folder / str(step))
+            try:
+                _remove(self._folder / str(step))
+            except OSError as error:  # another process may be reading it; the next save tries again
+                logging.warning("%s cannot be removed: %s", self._folder / str(step), _line(error))
 
     def _verified(self, step: int | None, choose: Callable[[], int | None]) -> int:
         """`step`, or for None the first whole one of those `choose` offers, verified by all processes together."""

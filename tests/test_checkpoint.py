@@ -245,6 +245,20 @@ def test_an_unfinished_removal_leaves_no_save(saves, tmp_path, monkeypatch):
     assert (tmp_path / "checkpoints" / "1").exists() and saves.steps() == [2, 3]
 
 
+def test_a_removal_that_fails_is_told_and_tried_again(saves, monkeypatch, caplog, tmp_path):
+    fill(saves, [1, 2])
+
+    def busy(folder):
+        raise OSError(16, "Device or resource busy", str(folder))
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    fill(saves, [3])
+    assert "checkpoints/1 cannot be removed: Device or resource busy" in caplog.text and saves.steps() == [2, 3]
+    monkeypatch.undo()
+    fill(saves, [4])
+    assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
+
+
 def test_nothing_is_removed_while_the_next_save_is_written(saves, tmp_path, monkeypatch):
     saves._keep = 1
     fill(saves, [1])

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from embedjax import config, search
 from embedjax.config.errors import ConfigError, DataError
 from embedjax.data.text import Texts
-from embedjax.load import assemble
+from embedjax.load import Model
 from embedjax.models.embedder import build_embedder
 
 TEXTS = ["red green", "green green blue", "blue yellow", "one two three", "three two", "red"]
@@ -24,8 +24,15 @@ def model():
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     arch = config.Bert(vocab_size=16, width=8, depth=1, heads=2, mlp=16, positions=8, init_std=0.5)
     tower = config.Tower(arch=arch, pooling="mean", include_prompt=True, dense=(), normalize=False)
-    params = {"towers": {"text": build_embedder(tower).init(jax.random.key(0))}}
-    return assemble(config.Model({"text": tower}), params, {"text": Texts(tokenizer, max_length=8)}, "tiny")
+    embedder = build_embedder(tower)
+    return Model(
+        config=config.Model({"text": tower}),
+        embedders={"text": embedder},
+        params={"towers": {"text": jax.jit(embedder.init)(jax.random.key(0))}},
+        texts={"text": Texts(tokenizer, max_length=8)},
+        tokenizers={},
+        origin="tiny",
+    )
 
 
 @pytest.fixture

@@ -220,10 +220,12 @@ def _split(rows: Sequence[Function]) -> dict[str, list[Function]]:
     wanted = TEST_SHARE * len(rows)
     held_out: set[str] = set()
     taken = 0
-    for package in sorted(counts, key=lambda package: hashlib.blake2b(package.encode()).digest()):
-        if taken < wanted and counts[package] <= max(1, wanted / SHARE):
-            held_out.add(package)
-            taken += counts[package]
+    by_hash = sorted(counts, key=lambda package: hashlib.blake2b(package.encode()).digest())
+    for largest in (wanted / SHARE, wanted):  # the second only where packages are few
+        for package in by_hash:
+            if taken < wanted and counts[package] <= largest and package not in held_out:
+                held_out.add(package)
+                taken += counts[package]
     split: dict[str, list[Function]] = {"train": [], "test": []}
     for row in rows:
         split["test" if row.package in held_out else "train"].append(row)

@@ -38,16 +38,20 @@ def read_all(paths: Sequence[str]) -> list[list[Found]]:
     command = [sys.executable, "-c", "from embedjax.data import functions; functions.serve()"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
 
-    def child(part: list[str]) -> list[list[Found]]:
-        done = subprocess.run(command, input=json.dumps(part).encode(), env=environment, capture_output=True)
-        return json.loads(done.stdout) if done.returncode == 0 else _read(part)
+    def child(part: list[str]) -> list[list[Found]] | None:
+        try:
+            done = subprocess.run(command, input=json.dumps(part).encode(), env=environment, capture_output=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return json.loads(done.stdout)
 
     with ThreadPoolExecutor(count) as pool:
         answers = [pool.submit(child, part) for part in parts[1:]]
         found: list[list[Found]] = [[] for _ in paths]
         found[::count] = _read(parts[0])
         for part, answer in enumerate(answers, start=1):
-            found[part::count] = answer.result()
+            done = answer.result()
+            found[part::count] = _read(parts[part]) if done is None else done
     return found
 
 

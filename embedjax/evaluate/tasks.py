@@ -15,7 +15,7 @@ from embedjax.evaluate import scores
 from embedjax.evaluate.encode import Columns, Encoder
 from embedjax.evaluate.retrieval import topk
 from embedjax.evaluate.rows import key_at, number_at, string_at, text_at
-from embedjax.load import Model
+from embedjax.load import MAIN_METRIC, Model
 
 # Ranks that the retrieval metrics look at.
 DEPTH = 100
@@ -106,7 +106,7 @@ def evaluate(model: Model, tasks: Sequence[Task | TaskData], *, mesh: DeviceMesh
 
 def main_metric(task: Task) -> str:
     """The key of the metric that stands for a task."""
-    return f"{task.name}/{'spearman' if isinstance(task, Sts) else 'ndcg@10'}"
+    return f"{task.name}/{MAIN_METRIC[type(task)]}"
 
 
 def prepare(tasks: Sequence[Task]) -> tuple[TaskData, ...]:

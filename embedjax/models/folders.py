@@ -56,11 +56,10 @@ def resolve(name_or_path: str | Path) -> Path:
 
     Fetches safetensors, JSON and tokenizer text only. Raises ConfigError when the model cannot be had.
     """
-    path = Path(name_or_path).expanduser()
-    name = str(name_or_path)
-    if path.is_dir():
+    path, name = Path(name_or_path).expanduser(), str(name_or_path)
+    if name and path.is_dir():
         return path
-    if path.exists():
+    if name and path.exists():
         raise ConfigError(f"{path} is a file; expected a model folder or a hub id")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
         raise ConfigError(f"the model folder {name!r} does not exist (and is no hub id of the form org/name)")

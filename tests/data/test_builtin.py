@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -81,15 +82,13 @@ def test_no_summary_or_code_twice(site):
     assert len({"".join(row.code.split()) for row in rows}) == len(rows)
 
 
-def test_split_is_by_package_and_depends_on_names_only(site):
+def test_split_is_by_package(site):
     split = builtin.extract([site], 0)
     train, test = ({row.package for row in split[name]} for name in ("train", "test"))
     assert train.isdisjoint(test)
-    assert len(split["test"]) >= builtin.TEST_SHARE * 660 - 30
+    assert len(split["test"]) >= builtin.TEST_SHARE * 660
     assert len(split["test"]) <= 0.2 * 660
     assert len(test) > 1
-    other = builtin.extract([site], 1)
-    assert {row.package for row in other["test"]} == test
 
 
 def test_rows_are_the_same_again_and_in_another_order_for_another_seed(site, tmp_path):
@@ -239,10 +238,10 @@ def test_summary(docstring, summary):
 
 
 def test_children_find_the_same_as_one_process(site, monkeypatch):
-    paths = [str(path) for path in sorted(site.rglob("*.py"))] * 20
-    assert len(paths) > 300
+    paths = [str(path) for path in sorted(site.rglob("*.py"))] * 10
+    assert len(paths) > 200
     alone = functions._read(paths)
-    monkeypatch.setattr(functions.os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(functions.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     assert json.loads(json.dumps(alone)) == [[list(f) for f in found] for found in functions.read_all(paths)]
     # a child that cannot start costs time, not rows
     monkeypatch.setattr(functions.sys, "executable", str(site / "missing"))
@@ -265,7 +264,7 @@ def test_source(opened, site):
     row = source[0]
     assert set(row) == set(source.columns)
     file, line = source.where(0)
-    assert f"def {row['name']}(" in open(file).read().split("\n")[line - 1]
+    assert f"def {row['name']}(" in Path(file).read_text().split("\n")[line - 1]
     for outside in (-1, len(source)):
         with pytest.raises(IndexError):
             source[outside]

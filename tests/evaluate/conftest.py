@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from embedjax import config
 from embedjax.data.text import Texts
-from embedjax.load import Model, assemble
+from embedjax.load import Model
 from embedjax.models.embedder import build_embedder
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -28,15 +28,18 @@ def word_tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def two_towers() -> Model:
     """Columns anchor and positive have towers of their own weights; both know a prompt for queries."""
-    arch = config.Bert(vocab_size=64, width=16, depth=2, heads=2, mlp=32, positions=28, init_std=0.3)
+    arch = config.Bert(vocab_size=64, width=16, depth=1, heads=2, mlp=32, positions=16, init_std=0.3)
     tower = config.Tower(arch=arch, pooling="mean", include_prompt=True, dense=(), normalize=True)
     names = ("query", "document")
-    texts = Texts(word_tokenizer(), max_length=28, prompts={"query": "w1 w2 "})
-    return assemble(
-        config.Model(dict.fromkeys(names, tower), {"anchor": "query", "positive": "document"}),
-        {"towers": {name: build_embedder(tower).init(jax.random.key(n)) for n, name in enumerate(names)}},
-        dict.fromkeys(names, texts),
-        "tiny",
+    texts = Texts(word_tokenizer(), max_length=16, prompts={"query": "w1 w2 "})
+    embedder = build_embedder(tower)
+    return Model(
+        config=config.Model(dict.fromkeys(names, tower), {"anchor": "query", "positive": "document"}),
+        embedders=dict.fromkeys(names, embedder),
+        params={"towers": {name: jax.jit(embedder.init)(jax.random.key(n)) for n, name in enumerate(names)}},
+        texts=dict.fromkeys(names, texts),
+        tokenizers={},
+        origin="tiny",
     )
 
 
@@ -54,6 +57,6 @@ def model(two_towers) -> Model:
 
 @pytest.fixture(scope="session")
 def sentences() -> list[str]:
-    """Different texts of 1 to 40 words; the longest are cut at the tower's 28 tokens."""
+    """Different texts of 2 to 20 words; the longest are cut at the tower's 16 tokens."""
     rng = np.random.default_rng(0)
-    return [" ".join([WORDS[n % 60], WORDS[n // 60], *rng.choice(WORDS, rng.integers(0, 39))]) for n in range(150)]
+    return [" ".join([WORDS[n % 60], WORDS[n // 60], *rng.choice(WORDS, rng.integers(0, 19))]) for n in range(150)]
