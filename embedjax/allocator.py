@@ -11,7 +11,14 @@ from pathlib import Path
 
 GUARD = "EMBEDJAX_ALLOCATOR"
 NAMES = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4", "libjemalloc.so.2")
-FOLDERS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib", "/opt/conda/lib")
+FOLDERS = (
+    "/usr/lib/x86_64-linux-gnu",
+    "/usr/lib/aarch64-linux-gnu",
+    "/usr/lib64",
+    "/usr/lib",
+    "/usr/local/lib",
+    "/opt/conda/lib",
+)
 GLIBC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184"
 INSTALL = "install libtcmalloc (Debian, Ubuntu: apt-get install libtcmalloc-minimal4; Fedora: dnf install gperftools-libs)"
 

@@ -23,7 +23,7 @@ from embedjax.models import folders
 from embedjax.models.embedder import Embedder, build_embedder
 
 # Rows whose text a "wordpiece" tokenizer is trained on: more changes its pieces little and costs seconds.
-TOKENIZER_ROWS = 20_000
+TOKENIZER_ROWS = 8_000
 
 TEXT_COLUMNS = {"anchor", "positive", "negative"}
 
@@ -102,7 +102,9 @@ def _init(config: Config, embedders, tx, mesh) -> tuple[step.TrainState, dict]:
     for name, tower in config.model.towers.items():
         if tower.init:
             read = folders.read_params(folders.resolve(tower.init), tower)
-            params["towers"][name] = sharding.put({"towers": {name: _overlay(params["towers"][name], read)}}, mesh)["towers"][name]
+            params["towers"][name] = sharding.put({"towers": {name: _overlay(params["towers"][name], read)}}, mesh)["towers"][
+                name
+            ]
     trained, constants = optim.partition(params, config.optim.freeze)
     start = functools.partial(step.init_state, tx=tx)
     state = jax.jit(start, out_shardings=sharding.shardings(jax.eval_shape(start, trained), mesh))(trained)
@@ -124,6 +126,10 @@ def _texts(config: Config, name: str, tower: Tower, sources: dict, folder: Path)
     if not (kept / "tokenizer.json").exists():
         assert tower.arch is not None and tower.max_length is not None
         if tower.tokenizer == "wordpiece":
+            if tower.arch.pad_id != 0:
+                raise ConfigError(
+                    f"tower {name!r}: a trained tokenizer pads with id 0; set arch.pad_id to 0, not {tower.arch.pad_id}"
+                )
             rows = _training_text(config, sources)
             made = train_wordpiece(rows, tower.arch.vocab_size, lowercase=tower.lowercase)
             save_tokenizer(made, kept, max_length=tower.max_length)

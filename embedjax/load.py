@@ -100,7 +100,9 @@ def resolve_tower(tower: Tower, known: Tower | None = None) -> Tower:
     if resolved.max_length > resolved.arch.positions:
         raise ConfigError(f"max_length {resolved.max_length} is above the architecture's {resolved.arch.positions} positions")
     if resolved.default_prompt and resolved.default_prompt not in (resolved.prompts or {}):
-        raise ConfigError(f"default_prompt {resolved.default_prompt!r} is not among the prompts {sorted(resolved.prompts or {})}")
+        raise ConfigError(
+            f"default_prompt {resolved.default_prompt!r} is not among the prompts {sorted(resolved.prompts or {})}"
+        )
     return resolved
 
 

@@ -23,7 +23,18 @@ from embedjax.metrics.writers import read_rows
 PACKAGES = ("embedjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
 
 # What may change when a run goes on: none of it changes what a step computes. Everything else is refused.
-FREE = ("name", "mesh", "checkpoint", "evaluate", "export", "writers", "log_every", "data.threads", "data.prefetch", "data.bad_share")
+FREE = (
+    "name",
+    "mesh",
+    "checkpoint",
+    "evaluate",
+    "export",
+    "writers",
+    "log_every",
+    "data.threads",
+    "data.prefetch",
+    "data.bad_share",
+)
 
 
 @contextmanager

@@ -50,7 +50,7 @@ class Hit:
 
 
 def open_corpus(path: str | Path, column: str | None = None) -> Corpus:
-    """The texts of a file, but for empty ones, or the functions in a folder's .py files. Raises DataError when there are none."""
+    """The texts of a file, but for empty ones, or the functions in a folder's .py files. Raises DataError without any."""
     if Path(path).is_dir() and not any(Path(path).glob("*.parquet")):
         found = list(_functions(Path(path)))
         if not found:

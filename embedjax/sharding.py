@@ -79,4 +79,6 @@ def place(columns: Any, mesh: DeviceMesh) -> Any:
 
 def put(tree: Any, mesh: DeviceMesh) -> Any:
     """A tree of host arrays, the same on every host, placed by the path table."""
-    return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index]), tree, shardings(tree, mesh))
+    return jax.tree.map(
+        lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index]), tree, shardings(tree, mesh)
+    )

@@ -9,6 +9,11 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collecti
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Many tests, and the processes they start, compile the same small programs: they share them, also with the next session.
+CACHE = pathlib.Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
@@ -25,3 +30,37 @@ def data_dir() -> pathlib.Path:
     if not folder.is_dir():
         pytest.fail(f"these tests read real data sets: set EMBEDJAX_DATA to their folder ({folder} does not exist)")
     return folder
+
+
+WORDS = "red green blue small large old new round flat quiet cat dog bird fish tree stone river house boat song".split()
+
+
+@pytest.fixture
+def pairs_file(tmp_path) -> pathlib.Path:
+    """A TSV of 64 pairs: two words, and the same two in the other order with a third."""
+    rows = [f"{a} {b}\t{b} {a} {WORDS[(i * 7) % 20]}" for i in range(64) for a, b in [(WORDS[i % 20], WORDS[(i * 3 + 1) % 20])]]
+    path = tmp_path / "pairs.tsv"
+    path.write_text("question\tanswer\n" + "\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture
+def tiny_config(pairs_file):
+    """A run of seconds: one small layer, ten steps, a retrieval task."""
+    from embedjax import config as c
+
+    arch = c.Bert(vocab_size=128, width=16, depth=1, heads=2, mlp=32, positions=16, dropout=0.1)
+    return c.Config(
+        name="tiny",
+        steps=10,
+        model=c.Model({"text": c.Tower(arch=arch, tokenizer="wordpiece", max_length=8)}),
+        data=c.Data(
+            batch_size=16, sets=(c.Set(c.File(str(pairs_file)), {"anchor": "question", "positive": "answer"}, name="pairs"),)
+        ),
+        optim=c.Optim(learning_rate=1e-3),
+        evaluate=c.Evaluate(
+            tasks=(c.Retrieval(c.File(str(pairs_file)), {"query": "question", "document": "answer"}, name="pairs"),)
+        ),
+        checkpoint=c.Checkpoint(every=5),
+        log_every=1,
+    )

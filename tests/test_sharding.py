@@ -20,7 +20,10 @@ PRESETS = [
 
 def params(arch):
     embedder = Embedder(arch, dense=(config.Dense(8),))
-    return {"towers": {"text": jax.eval_shape(embedder.init, jax.random.key(0))}, "loss": {"scale": jax.ShapeDtypeStruct((), "f4")}}
+    return {
+        "towers": {"text": jax.eval_shape(embedder.init, jax.random.key(0))},
+        "loss": {"scale": jax.ShapeDtypeStruct((), "f4")},
+    }
 
 
 def paths(tree):
@@ -45,7 +48,10 @@ def test_an_unknown_parameter_is_refused():
 @pytest.mark.parametrize("arch", PRESETS, ids=lambda a: type(a).__name__)
 def test_large_matrices_are_split_over_fsdp(arch):
     mesh = sharding.make_mesh(config.Mesh(data=4, fsdp=2))
-    split = {path: s.spec for (path, s) in zip(paths(params(arch)), jax.tree.leaves(sharding.shardings(params(arch), mesh)), strict=True)}
+    split = {
+        path: s.spec
+        for (path, s) in zip(paths(params(arch)), jax.tree.leaves(sharding.shardings(params(arch), mesh)), strict=True)
+    }
     for path, found in split.items():
         if path.endswith(("kernel", "tokens/embedding")):
             assert "fsdp" in found, path

@@ -12,7 +12,9 @@ from embedjax import config, objective, optim, sharding, step
 from embedjax.models.embedder import Embedder
 
 B, L = 16, 6
-ARCH = config.Bert(vocab_size=32, width=16, depth=2, heads=2, mlp=32, positions=8, dropout=0.2, attention_dropout=0.2, init_std=0.2)
+ARCH = config.Bert(
+    vocab_size=32, width=16, depth=2, heads=2, mlp=32, positions=8, dropout=0.2, attention_dropout=0.2, init_std=0.2
+)
 MODEL = config.Model({"text": config.Tower(arch=ARCH)})
 EMBEDDERS = {"text": Embedder(ARCH)}
 INIT = jax.jit(EMBEDDERS["text"].init)
@@ -99,7 +101,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
     which, columns = task(learn_scale=True), batch()
     state, constants, tx, schedule = start(which)
     broken = jax.tree.map(lambda x: x, state.params)
-    broken["towers"]["text"]["encoder"]["norm"]["scale"] = broken["towers"]["text"]["encoder"]["norm"]["scale"].at[0].set(jnp.nan)
+    broken["towers"]["text"]["encoder"]["norm"]["scale"] = (
+        broken["towers"]["text"]["encoder"]["norm"]["scale"].at[0].set(jnp.nan)
+    )
     made = jax.jit(step.make(step.plain(objective.make(which, MODEL, EMBEDDERS)), tx, schedule, 0))
     bad = state._replace(params=broken)
     after, metrics = made(bad, constants, columns)

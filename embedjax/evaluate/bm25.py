@@ -1,5 +1,6 @@
 """BM25, the ranking that a trained model should beat, through the library bm25s: a yardstick, never a part of a model."""
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import Literal
@@ -11,6 +12,8 @@ from jaxtyping import Int
 Words = Literal["plain", "identifiers"]
 """What counts as a word: as bm25s has it (runs of two word characters or more, lowercased, less English stop words), or the
 same after snake_case and camelCase names were taken apart, which is fairer to it on source code."""
+
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG and tells of every index
 
 BOUNDARY = re.compile(r"_+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 

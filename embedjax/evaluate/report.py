@@ -48,7 +48,8 @@ def best_bm25(task: RetrievalData) -> tuple[str, dict[str, float]]:
     """BM25 on the same queries and documents, by whole words or with identifiers taken apart, whichever ranks better."""
     ways: dict[str, Words] = {"BM25": "plain", "BM25 (split identifiers)": "identifiers"}
     found = {
-        name: task.measure(bm25_rank(task.queries.texts, task.documents.texts, DEPTH, words=words)) for name, words in ways.items()
+        name: task.measure(bm25_rank(task.queries.texts, task.documents.texts, DEPTH, words=words))
+        for name, words in ways.items()
     }
     return max(found.items(), key=lambda item: item[1][f"{task.name}/ndcg@10"])
 

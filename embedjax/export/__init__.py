@@ -46,7 +46,7 @@ def export(
     shutil.rmtree(part, ignore_errors=True)
     params = jax.tree.map(np.asarray, model.params["towers"][name])
     write_tokenizer = lambda where: save_tokenizer(
-        model.texts[name].tokenizer, where, max_length=tower.max_length, source=tower.tokenizer or None
+        model.texts[name].tokenizer, where, max_length=model.texts[name].max_length, source=model.tokenizers[name]
     )
     FORMATS[format](part, tower, params, write_tokenizer=write_tokenizer)
     (part / "README.md").write_text(card.card(model, folder.name, scores))

@@ -68,7 +68,9 @@ def check(folder: Path) -> dict[str, float | None]:
 
 def _judge(folder: Path, consumer: str, difference: float) -> None:
     if not difference <= TOLERANCE:
-        raise CheckFailed(f"{folder}: vectors read by {consumer} differ by {difference:.1e}; at most {TOLERANCE:.0e} is allowed")
+        raise CheckFailed(
+            f"{folder}: vectors read by {consumer} differ by {difference:.1e}; at most {TOLERANCE:.0e} is allowed"
+        )
 
 
 def _difference(wanted: np.ndarray, found: np.ndarray) -> float:

@@ -6,6 +6,7 @@ that of 5.4 and later (other class paths, `pooling_mode`, the tokenizer's model_
 """
 
 import dataclasses
+import math
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, get_args
@@ -19,7 +20,7 @@ from embedjax.models.families import FAMILIES, family_of
 from embedjax.models.jsonfile import get, read_json, read_list
 from embedjax.models.weights import from_tensors, load_tensors
 
-FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model"]  # what is fetched from the hub; never code
+FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]  # what is fetched from the hub; never code
 UNUSED = ["onnx/*", "openvino/*", "*/onnx/*", "*.onnx*", "flax_model*"]
 KINDS = ("Transformer", "Pooling", "Dense", "Normalize")
 CLASS = re.compile(r"sentence_transformers\.(?:models|base\.modules|sentence_transformer\.modules)(?:\.\w+)?\.(\w+)")
@@ -136,8 +137,8 @@ def read_arch(folder: Path) -> Architecture:
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{file} does not describe a {kind}: {error}") from error
     for field in dataclasses.fields(arch):
-        value = getattr(arch, field.name)
-        if (field.type is int and type(value) is not int) or (field.type is float and type(value) not in (int, float)):
+        value, number = getattr(arch, field.name), {int: (int,), float: (int, float)}.get(field.type)
+        if number and (type(value) not in number or not math.isfinite(value)):
             raise ConfigError(
                 f"{file}: {value!r} ({field.name}) should be of type {getattr(field.type, '__name__', field.type)}"
             )

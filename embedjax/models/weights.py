@@ -80,6 +80,8 @@ def from_tensors(arch: Architecture, tensors: Mapping[str, np.ndarray], *, file:
 
     Raises one ConfigError that lists, under the name of `file`, every unknown, missing, doubly set and misshapen tensor.
     """
+    if len(tensors) < arch.depth:  # before names are made for each layer: a damaged config may speak of any number
+        raise ConfigError(f"{file} holds {len(tensors)} tensors, fewer than the {arch.depth} layers of its config")
     family = family_of(arch)
     found, twice, unknown = _sort_out(family.names, tensors, arch.depth)
     missing, misshapen = [], []

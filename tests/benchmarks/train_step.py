@@ -32,7 +32,11 @@ class Case(NamedTuple):
     compute: str
 
 
-CASES = {f"{short}-{length}": Case(length, long) for short, long in (("f32", "float32"), ("bf16", "bfloat16")) for length in (64, 128)}
+CASES = {
+    f"{short}-{length}": Case(length, long)
+    for short, long in (("f32", "float32"), ("bf16", "bfloat16"))
+    for length in (64, 128)
+}
 
 
 def minilm() -> pathlib.Path:

@@ -11,7 +11,9 @@ from embedjax.config.errors import ConfigError
 
 FULL = config.Config(
     name="all",
-    model=config.Model({"a": config.Tower(config.Mpnet(), dense=(config.Dense(8),), prompts={"query": "q: "})}, {"anchor": "a"}),
+    model=config.Model(
+        {"a": config.Tower(config.Mpnet(), dense=(config.Dense(8),), prompts={"query": "q: "})}, {"anchor": "a"}
+    ),
     data=config.Data(
         buckets=((8, 16), (32, 64)),
         sets=(

@@ -176,6 +176,7 @@ def test_without_a_normalize_module_vectors_are_not_normalized(tmp_path):
         ("config.json", {"hidden_size": 9}, "not divisible"),
         ("config.json", {"hidden_act": "gealu"}, "did you mean 'gelu'"),
         ("config.json", {"layer_norm_eps": "small"}, "norm_eps"),
+        ("config.json", {"layer_norm_eps": float("nan")}, "norm_eps"),
         ("config.json", {"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["t.T", None]}}, "code of its own (auto_map)"),
         ("tokenizer_config.json", {"model_max_length": "many"}, None),

@@ -1,5 +1,6 @@
 """Tables that refuse surprises, files that are damaged, and the way there and back for every family."""
 
+import dataclasses
 import json
 import re
 
@@ -104,6 +105,11 @@ def test_every_surprise_is_told_in_one_error():
         "encoder.layer.0.output.dense.bias holds int64",
     ):
         assert part in told
+
+
+def test_a_depth_out_of_proportion_is_refused_at_once():
+    with pytest.raises(ConfigError, match="fewer than the 1000000000000 layers"):
+        from_tensors(dataclasses.replace(BERT, depth=10**12), random_tensors(BERT), file="x")
 
 
 def test_a_foreign_checkpoint_is_told_in_a_short_line():

@@ -80,16 +80,16 @@ def test_forward_and_gradient_match_transformers(name, how, tmp_path):
     assert gradients.keys() == reference.keys()
     for tensor, value in reference.items():
         # Key biases shift every score of a row alike: their gradient is rounding, on both sides.
-        tolerance = 1e-4 if np.abs(value).max() > 1e-3 else np.inf
-        assert difference(gradients[tensor], value) < tolerance, tensor
-        assert np.abs(gradients[tensor] - value).max() < 1e-2
+        rounding = np.abs(value).max() < 1e-4
+        assert difference(gradients[tensor], value) < 1e-4 or (rounding and np.abs(gradients[tensor]).max() < 1e-4), tensor
 
 
 @pytest.mark.parametrize("name", ARCHS)
 def test_written_folder_loads_in_transformers_without_missing_or_unexpected_tensors(name, tmp_path):
     arch = ARCHS[name]
     family = family_of(arch)
-    params = family.Tower(arch).init(jax.random.key(1), jnp.ones((1, 4), jnp.int32), jnp.ones((1, 4), bool))["params"]
+    ids = jnp.ones((1, 4), jnp.int32)
+    params = jax.jit(lambda key: family.Tower(arch).init(key, ids, ids > 0)["params"])(jax.random.key(1))
     tower = Tower(arch=arch, max_length=16, dense=(), prompts={}, pooling="mean", normalize=True)
     written.write_hf(tmp_path / "out", tower, {"encoder": params}, write_tokenizer=lambda folder: None)
     model, report = transformers.AutoModel.from_pretrained(
@@ -102,7 +102,7 @@ def test_written_folder_loads_in_transformers_without_missing_or_unexpected_tens
         expected = model.eval()(
             torch.tensor(ids.astype(np.int64)), torch.tensor(mask.astype(np.int64))
         ).last_hidden_state.numpy()
-    tokens, _ = family.Tower(arch).apply({"params": params}, ids, mask)
+    tokens, _ = jax.jit(family.Tower(arch).apply)({"params": params}, ids, mask)
     assert difference(tokens * mask[..., None], expected * mask[..., None]) < 1e-4
     assert folders.read_arch(tmp_path / "out") == arch
 

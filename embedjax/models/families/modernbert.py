@@ -165,11 +165,12 @@ def _layer_types(depth: int, every: int) -> list[str]:
 
 
 def _global_every(config: dict[str, Any]) -> int:
-    every, types, depth = config.get("global_attn_every_n_layers") or 3, config.get("layer_types"), config["num_hidden_layers"]
+    every, types = config.get("global_attn_every_n_layers") or 3, config.get("layer_types")
     if types is None:
         return every
-    for candidate in (every, *range(1, depth + 1)):
-        if types == _layer_types(depth, candidate):
+    second = next((n for n, kind in enumerate(types) if n and kind == "full_attention"), max(len(types), 1))
+    for candidate in (every, second):
+        if len(types) == config["num_hidden_layers"] and types == _layer_types(len(types), candidate):
             return candidate
     raise ConfigError(
         f"layer_types is {types}; expected full_attention in the first and every n-th layer, else sliding_attention"

@@ -1,0 +1,180 @@
+"""Whole runs: what they leave, how they go on, and what stops them."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from embedjax import build, runs, sharding
+from embedjax.checkpoint import Checkpoints
+from embedjax.config import serialize
+from embedjax.config.errors import ConfigError, NonFiniteError, Saved, StorageError
+from embedjax.evaluate.encode import encode
+from embedjax.load import load
+from embedjax.lock import hold
+from embedjax.metrics.writers import read_rows
+from embedjax.train import train
+
+TIMINGS = {"pairs_per_second", "data_wait"}
+
+
+@pytest.fixture
+def use_devices(monkeypatch):
+    """Makes runs use so many of the simulated devices."""
+    original = sharding.make_mesh
+
+    def use(count):
+        monkeypatch.setattr(build.sharding, "make_mesh", lambda mesh: original(mesh, jax.devices()[:count]))
+
+    use(1)
+    return use
+
+
+class StopAt:
+    """Answers as the event of a signal that came during the n-th step."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def is_set(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def stop_at(monkeypatch, n):
+    monkeypatch.setattr(runs, "stop_signal", lambda: contextlib.nullcontext(StopAt(n - 1)))
+
+
+def rows(folder):
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_rows(folder / "metrics.jsonl")]
+
+
+def saved(folder, step=None):
+    """Every array of a save, by path, and its step."""
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        step = step or checkpoints.latest()
+        arrays = checkpoints.record(step).arrays
+        return checkpoints._read(step, {path: np.empty(d["shape"], d["dtype"]) for path, d in arrays.items()}), step
+
+
+def assert_bitwise(found, wanted):
+    assert found.keys() == wanted.keys()
+    for path in wanted:
+        np.testing.assert_array_equal(np.asarray(found[path]), np.asarray(wanted[path]), err_msg=path)
+
+
+def test_a_run_leaves_all_that_is_promised(tiny_config, tmp_path, use_devices, capsys):
+    result = train(tiny_config, tmp_path / "run")
+    folder = result.folder
+    for name in ("config.json", "env.json", "data.json", "metrics.jsonl", "metrics.csv", "evaluations.jsonl"):
+        assert (folder / name).stat().st_size > 0, name
+    assert serialize.read(folder / "config.json").steps == 10
+    assert json.loads((folder / "data.json").read_text())[0]["rows"] == 64
+    assert len(json.loads((folder / "data.json").read_text())[0]["sha256"]) == 64
+    assert [row["step"] for row in rows(folder)] == list(range(1, 11))
+    assert len((folder / "metrics.csv").read_text().splitlines()) == 11
+    assert result.scores.keys() >= {"pairs/ndcg@10", "pairs/recall@1"}
+    assert (result.exported / "modules.json").exists()
+    out = capsys.readouterr().out
+    assert "step 10/10" in out and "pairs/s" in out and "exported" in out
+    texts = ["red cat", "a quiet river song"]
+    np.testing.assert_allclose(encode(load(folder), texts), encode(load(result.exported), texts), atol=1e-6)
+    np.testing.assert_array_equal(encode(load(f"{folder}@5"), texts).shape, (2, 16))
+    with pytest.raises(StorageError, match="step 7"):
+        load(f"{folder}@7")
+
+
+def test_five_steps_a_stop_and_five_more_equal_ten_bitwise(tiny_config, tmp_path, use_devices, monkeypatch):
+    train(tiny_config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(Saved, match="saved at step 5 of 10"):
+            train(tiny_config, tmp_path / "parts")
+    assert saved(tmp_path / "parts")[1] == 5
+    train(tiny_config, tmp_path / "parts")
+    assert_bitwise(saved(tmp_path / "parts")[0], saved(tmp_path / "whole")[0])
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert runs.evaluations(tmp_path / "parts") == runs.evaluations(tmp_path / "whole")
+
+
+def test_other_device_counts_see_the_same_rows_and_losses(tiny_config, tmp_path, use_devices, monkeypatch):
+    config = dataclasses.replace(tiny_config, optim=dataclasses.replace(tiny_config.optim, learning_rate=1e-4))
+    use_devices(4)
+    train(config, tmp_path / "whole")
+    for devices, stop in ((4, 3), (2, 3), (8, None)):
+        use_devices(devices)
+        if stop is None:
+            train(config, tmp_path / "parts")
+            continue
+        with monkeypatch.context() as patch:
+            stop_at(patch, stop)
+            with pytest.raises(Saved):
+                train(config, tmp_path / "parts")
+    wanted, found = ([row["loss"] for row in rows(tmp_path / name)] for name in ("whole", "parts"))
+    assert len(found) == 10
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    # At step 4 the two-device run took over: the same rows give the same loss, another row would not.
+    assert abs(wanted[3] - wanted[4]) > 1e-3
+
+
+def test_a_changed_meaning_is_refused_and_named(tiny_config, tmp_path, use_devices):
+    folder = tmp_path / "run"
+    train(dataclasses.replace(tiny_config, steps=1, evaluate=dataclasses.replace(tiny_config.evaluate, tasks=())), folder)
+    changed = dataclasses.replace(tiny_config, steps=1, data=dataclasses.replace(tiny_config.data, batch_size=32))
+    with pytest.raises(ConfigError, match="data.batch_size: 16 -> 32"):
+        train(changed, folder)
+    free = dataclasses.replace(tiny_config, steps=1, log_every=3, data=dataclasses.replace(tiny_config.data, threads=1))
+    assert train(free, folder).step == 1
+    train(changed, folder, fresh=True)
+    assert len([p for p in tmp_path.iterdir() if p.name.startswith("run.")]) == 1
+
+
+def test_a_held_folder_is_refused(tiny_config, tmp_path):
+    with hold(tmp_path / "run"), pytest.raises(StorageError, match="held by process"):
+        train(tiny_config, tmp_path / "run")
+
+
+def test_three_steps_that_are_not_finite_stop_the_run(tiny_config, tmp_path, use_devices):
+    config = dataclasses.replace(tiny_config, optim=dataclasses.replace(tiny_config.optim, learning_rate=1e38, clip_norm=0.0))
+    with pytest.raises(NonFiniteError, match="3 steps in a row"):
+        train(config, tmp_path / "run")
+    assert [row["skipped"] for row in rows(tmp_path / "run")][-3:] == [1, 2, 3]
+
+
+def test_frozen_parameters_are_saved_once_and_come_back(tiny_config, tmp_path, use_devices, monkeypatch):
+    config = dataclasses.replace(tiny_config, optim=dataclasses.replace(tiny_config.optim, freeze=("encoder/tokens",)))
+    stop_at(monkeypatch, 2)
+    with pytest.raises(Saved):
+        train(config, tmp_path / "run")
+    monkeypatch.undo()
+    use_devices(1)
+    before = (tmp_path / "run" / "constants.safetensors").read_bytes()
+    result = train(dataclasses.replace(config, export=dataclasses.replace(config.export, format="none")), tmp_path / "run")
+    assert result.exported is None and (tmp_path / "run" / "constants.safetensors").read_bytes() == before
+    assert encode(load(tmp_path / "run"), ["red cat"]).shape == (1, 16)
+    (tmp_path / "run" / "constants.safetensors").write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    with pytest.raises(StorageError, match="damaged"):
+        load(tmp_path / "run")
+
+
+def test_a_run_does_not_need_the_folder_it_started_from_again(tiny_config, tmp_path, use_devices, monkeypatch):
+    first = train(dataclasses.replace(tiny_config, steps=1), tmp_path / "first")
+    tower = dataclasses.replace(tiny_config.model.towers["text"], arch=None, tokenizer="", init=str(first.exported))
+    config = dataclasses.replace(tiny_config, model=dataclasses.replace(tiny_config.model, towers={"text": tower}))
+    stop_at(monkeypatch, 2)
+    with pytest.raises(Saved):
+        train(config, tmp_path / "second")
+    monkeypatch.undo()
+    use_devices(1)
+    shutil.rmtree(first.exported)
+    assert train(config, tmp_path / "second").step == 10
+
+
+def test_profile_writes_a_trace(tiny_config, tmp_path, use_devices):
+    train(dataclasses.replace(tiny_config, steps=3), tmp_path / "run", profile=range(2, 3))
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
