@@ -17,6 +17,7 @@ from embedjax.config.errors import ConfigError, StorageError
 from embedjax.data.text import Texts, load_tokenizer
 from embedjax.models import folders
 from embedjax.models.embedder import Embedder, build_embedder
+from embedjax.models.families import family_of
 from embedjax.objective import combine
 
 MAIN_METRIC = {configs.Sts: "spearman", configs.Retrieval: "ndcg@10"}
@@ -97,8 +98,8 @@ def resolve_tower(tower: Tower, known: Tower | None = None) -> Tower:
     chosen = {key: value for key, value in given.items() if key in named or value is not None}
     resolved = dataclasses.replace(base, **chosen)
     assert resolved.arch is not None and resolved.max_length is not None
-    if resolved.max_length > resolved.arch.positions:
-        raise ConfigError(f"max_length {resolved.max_length} is above the architecture's {resolved.arch.positions} positions")
+    if resolved.max_length > (most := family_of(resolved.arch).longest(resolved.arch)):
+        raise ConfigError(f"max_length {resolved.max_length} is above the {most} tokens the architecture has positions for")
     if resolved.default_prompt and resolved.default_prompt not in (resolved.prompts or {}):
         raise ConfigError(
             f"default_prompt {resolved.default_prompt!r} is not among the prompts {sorted(resolved.prompts or {})}"

@@ -28,7 +28,7 @@ def use_devices(monkeypatch):
     original = sharding.make_mesh
 
     def use(count):
-        monkeypatch.setattr(build.sharding, "make_mesh", lambda mesh: original(mesh, jax.devices()[:count]))
+        monkeypatch.setattr(build.sharding, "make_mesh", lambda mesh, devices=None: original(mesh, devices or jax.devices()[:count]))
 
     use(1)
     return use

@@ -25,7 +25,7 @@ class Transformer:
     mlp: int = 3072
     """Width inside the feed-forward part (F)."""
     positions: int = 512
-    """Longest sequence, special tokens included."""
+    """Rows of the position table: the longest text (RoBERTa and MPNet spend pad_id + 1 of them)."""
     activation: Activation = "gelu"
     """Activation of the feed-forward part."""
     norm_eps: float = 1e-12

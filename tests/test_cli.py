@@ -1,0 +1,312 @@
+"""The command line on wrong input: one line that names the thing, and the exit code of the README's table."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from embedjax import config as c
+from embedjax.__main__ import run
+from embedjax.export import export
+from embedjax.load import assemble, make_texts
+from embedjax.models.embedder import build_embedder
+
+
+TOWER = "arch=arch, tokenizer='wordpiece', max_length=8"
+
+
+def fails(arguments, code, *words, capsys):
+    """Runs a command that must fail with `code` in one line that has all the words."""
+    found = run([str(a) for a in arguments])
+    err = capsys.readouterr().err.strip().splitlines()
+    assert found == code, err
+    assert len(err) == 1 and err[0].startswith("embedjax: "), err
+    for word in words:
+        assert word in err[0], err[0]
+
+
+@pytest.fixture
+def write_config(tmp_path, pairs_file):
+    """Writes a config file whose tower and data can be replaced by source text."""
+
+    def write(source=None, columns='{"anchor": "question", "positive": "answer"}', tower="", data="", **fields):
+        source = source or f"File({str(pairs_file)!r})"
+        more = "".join(f", {key}={value}" for key, value in fields.items())
+        path = tmp_path / "my.py"
+        path.write_text(
+            "from embedjax.config import *\n"
+            "def config():\n"
+            "    arch = Bert(vocab_size=128, width=16, depth=1, heads=2, mlp=32, positions=16)\n"
+            f"    tower = Tower({tower or TOWER})\n"
+            f"    sets = (Set({source}, {columns}),)\n"
+            f"    return Config(steps=2, model=Model({{'text': tower}}), data=Data(batch_size=16, sets=sets{data}){more})\n"
+        )
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A small exported model."""
+    import jax
+
+    from embedjax.data.text import save_tokenizer, train_wordpiece
+
+    folder = tmp_path_factory.mktemp("model")
+    tower = c.Tower(
+        arch=c.Bert(vocab_size=64, width=16, depth=1, heads=2, mlp=32, positions=16),
+        pooling="mean", dense=(), normalize=True, max_length=8, prompts={}, include_prompt=True,
+    )  # fmt: skip
+    save_tokenizer(train_wordpiece(["red cat", "blue dog", "old tree"] * 9, 64), folder / "tokenizer", max_length=8)
+    params = jax.jit(build_embedder(tower).init)(jax.random.key(0))
+    tokenizer = folder / "tokenizer"
+    model = assemble(
+        c.Model({"text": tower}), {"towers": {"text": params}}, {"text": make_texts(tower, tokenizer)}, {"text": tokenizer}, "test"
+    )
+    export(model, folder / "export")
+    return folder / "export"
+
+
+@pytest.fixture
+def copied(exported, tmp_path):
+    """A copy of the exported model to damage."""
+    import shutil
+
+    return shutil.copytree(exported, tmp_path / "copy")
+
+
+# ---- commands and configs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], ["trian", "'train'"]),
+        (["train"], ["config file"]),
+        (["train", "missing.py"], ["missing.py", "no such config"]),
+        (["export", "model"], ["folder to write"]),
+        (["evaluate", "m", "--task", "sts", "--data", "f.csv", "--columns", "a:b"], ["a:b", "OURS=THEIRS"]),
+        (["encode", "nowhere/at all", "in.txt", "out.npy"], ["nowhere/at all"]),
+        (["export", "missing-folder", "--check"], ["missing-folder", "parity.json"]),
+    ],
+)
+def test_wrong_commands(arguments, words, capsys):
+    fails(arguments, 2, *words, capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("import nothing_of_that_name\n", ["ModuleNotFoundError"]),
+        ("def config(:\n", ["SyntaxError"]),
+        ("x = 1\n", ["config"]),
+        ("def config():\n    return 3\n", ["int", "Config"]),
+        ("from embedjax.config import *\ndef config():\n    return Config(step=3)\n", ["step"]),
+        ("from embedjax.config import *\ndef config():\n    return Config(steps=0)\n", ["steps is 0"]),
+        ("from embedjax.config import *\ndef config():\n    return Config(data=Data(batch_size=-4))\n", ["batch_size is -4"]),
+        ("from embedjax.config import *\ndef config():\n    return Config(model=Model({'a': Tower(Bert(width=-8))}))\n", ["width is -8"]),
+        ("from embedjax.config import *\ndef config():\n    return Config(model=Model({'a': Tower(Bert(heads=7))}))\n", ["heads 7"]),
+        ("from embedjax.config import *\ndef config():\n    return Config()\n", ["towers is empty"]),
+    ],
+)
+def test_wrong_config_files(text, words, tmp_path, capsys):
+    path = tmp_path / "bad.py"
+    path.write_text(text)
+    fails(["train", path, "--run-dir", tmp_path / "run"], 2, *words, capsys=capsys)
+
+
+@pytest.mark.parametrize("arguments", [["--data.batch-sise", "3"], ["--steps", "many"], ["--optim.schedule", "liner"]])
+def test_wrong_overrides_name_the_field(arguments, write_config, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(["train", str(write_config()), *arguments])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "--data.batch-size" in err or "invalid choice" in err.lower() or "steps" in err
+
+
+def test_help_shows_every_field(write_config, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(["train", str(write_config()), "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for name in ("--optim.learning-rate", "--data.batch-size", "--model.towers.text.arch.width", "--run-dir", "--checkpoint.every"):
+        assert name in out
+    assert "Peak learning rate" in out and "2e-05" in out
+
+
+# ---- data
+
+
+def table(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+GOOD = "question\tanswer\n" + "red cat\tcat red\n" * 40
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code", "words"),
+    [
+        ("missing.tsv", None, 3, ["missing.tsv"]),
+        ("empty.tsv", "", 3, ["empty.tsv"]),
+        ("header.tsv", "question\tanswer\n", 3, ["header.tsv"]),
+        ("columns.tsv", GOOD.replace("answer", "reply"), 3, ["answer", "reply"]),
+        ("few.tsv", "question\tanswer\n" + "a\tb\n" * 5, 3, ["5 rows", "batch_size 16"]),
+        ("bad.parquet", b"PAR1 this is no parquet PAR1", 3, ["bad.parquet"]),
+        ("cut.jsonl.gz", gzip.compress(b'{"question": "a", "answer": "b"}\n' * 900)[:40], 3, ["cut.jsonl.gz"]),
+        ("utf8.tsv", GOOD.encode() + b"\xff\xfe\tdog\n" * 30, 3, ["bad rows", "utf8.tsv"]),
+        ("blank.tsv", GOOD + "\tdog\n" * 30, 3, ["bad rows", "blank.tsv"]),
+        ("broken.jsonl", '{"question": "a", "answer": "b"}\n' * 40 + "{nonsense\n" * 40, 3, ["bad rows", "broken.jsonl"]),
+        ("what.xyz", GOOD, 2, ["what.xyz"]),
+        ("twice.tsv", GOOD.replace("answer", "question"), 3, ["twice.tsv", "question"]),
+    ],
+)
+def test_wrong_data(name, content, code, words, write_config, tmp_path, capsys):
+    path = tmp_path / name
+    if content is not None:
+        table(path, content)
+    config = write_config(source=f"File({str(path)!r})")
+    fails(["train", config, "--run-dir", tmp_path / "run"], code, *words, capsys=capsys)
+
+
+def test_nan_among_the_scores_of_an_evaluation(exported, tmp_path, capsys):
+    path = table(tmp_path / "sts.csv", "sentence1,sentence2,score\na,b,1\nc,d,nan\n")
+    fails(["evaluate", exported, "--task", "sts", "--data", path], 3, "sts.csv", "nan", capsys=capsys)
+
+
+def test_an_empty_text_to_encode(exported, tmp_path, capsys):
+    path = table(tmp_path / "in.txt", "red\n\nblue\n")
+    fails(["encode", exported, path, tmp_path / "out.npy"], 3, "in.txt", capsys=capsys)
+
+
+# ---- models
+
+
+def test_a_batch_that_does_not_divide(write_config, tmp_path, capsys):
+    fails(["train", write_config(), "--run-dir", tmp_path / "run", "--data.batch-size", "12"], 2, "12", "8 devices", capsys=capsys)
+
+
+def test_a_tower_without_tokenizer(write_config, tmp_path, capsys):
+    fails(["train", write_config(tower="arch=arch, max_length=8"), "--run-dir", tmp_path / "r"], 2, "tokenizer", capsys=capsys)
+
+
+def test_a_length_beyond_the_positions(write_config, tmp_path, capsys):
+    config = write_config(tower="arch=arch, tokenizer='wordpiece', max_length=99")
+    fails(["train", config, "--run-dir", tmp_path / "run"], 2, "99", "16", capsys=capsys)
+
+
+def test_a_freeze_that_matches_nothing(write_config, tmp_path, capsys):
+    config = write_config(optim="Optim(freeze=('bloks',))")
+    fails(["train", config, "--run-dir", tmp_path / "run"], 2, "bloks", capsys=capsys)
+
+
+def damage_tensor(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def cut(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def set_json(name, **values):
+    def change(folder):
+        data = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**data, **values} if isinstance(data, dict) else values["rows"]))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (cut, ["model.safetensors"]),
+        (lambda f: (f / "model.safetensors").unlink(), ["safetensors"]),
+        (lambda f: damage_tensor(f, lambda t: t.pop("embeddings.LayerNorm.weight")), ["embeddings.LayerNorm.weight"]),
+        (lambda f: damage_tensor(f, lambda t: t.update(surprise=np.zeros(3, np.float32))), ["surprise"]),
+        (lambda f: damage_tensor(f, lambda t: t.update({"embeddings.LayerNorm.weight": np.zeros(3, np.float32)})), ["(3,)", "(16,)"]),
+        (set_json("config.json", model_type="gpt9"), ["gpt9"]),
+        (lambda f: (f / "config.json").write_text("{"), ["config.json"]),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer.json"]),
+        (set_json("modules.json", rows=[{"idx": 0, "name": "0", "path": "../..", "type": "sentence_transformers.models.Transformer"}]), [".."]),
+        (set_json("modules.json", rows=[{"idx": 0, "name": "0", "path": "", "type": "my.Module"}]), ["my.Module"]),
+    ],
+)  # fmt: skip
+def test_damaged_models(damage, words, copied, tmp_path, capsys):
+    damage(copied)
+    texts = table(tmp_path / "in.txt", "red\nblue\n")
+    fails(["encode", copied, texts, tmp_path / "out.npy"], 2, *words, capsys=capsys)
+
+
+def test_a_check_that_fails(copied, capsys):
+    damage_tensor(copied, lambda t: t.update({k: v * 1.5 for k, v in t.items() if "word_embeddings" in k}))
+    fails(["export", copied, "--check"], 6, "differ", capsys=capsys)
+
+
+def test_a_weight_that_is_not_finite(copied, tmp_path, capsys):
+    damage_tensor(copied, lambda t: t["embeddings.LayerNorm.weight"].fill(np.nan))
+    texts = table(tmp_path / "in.txt", "red\nblue\n")
+    fails(["encode", copied, texts, tmp_path / "out.npy"], 5, "not finite", capsys=capsys)
+
+
+# ---- storage
+
+
+def test_an_export_over_another_folder(exported, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    fails(["export", exported, tmp_path / "mine"], 4, "not empty", capsys=capsys)
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_a_run_folder_that_cannot_be_made(write_config, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    fails(["train", write_config(), "--run-dir", tmp_path / "file" / "run"], 4, "run", capsys=capsys)
+
+
+# ---- what works
+
+
+def test_encode_search_evaluate_and_check_work(exported, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    texts = table(tmp_path / "in.txt", "red cat\nblue dog\nold tree\n")
+    assert run(["encode", str(exported), str(texts), str(tmp_path / "out.npy")]) == 0
+    assert np.load(tmp_path / "out.npy").shape == (3, 16)
+    assert run(["search", str(exported), "blue dog", "--corpus", str(texts)]) == 0
+    assert capsys.readouterr().out.split("in.txt:")[1].startswith("2")
+    sts = table(tmp_path / "sts.csv", "sentence1,sentence2,score\nred cat,red cat,5\nred cat,old tree,1\nblue dog,red dog,3\n")
+    assert run(["evaluate", str(exported), "--task", "sts", "--data", str(sts)]) == 0
+    assert "sts/spearman" in capsys.readouterr().out
+    assert run(["export", str(exported), "--check"]) == 0
+    assert "largest difference 0.0e+00" in capsys.readouterr().out
+
+
+def test_dry_run_prints_and_writes_nothing(write_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(["train", str(write_config()), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert '"batch_size": 16' in out and "MiB" in out and out.count("tokens:") == 6
+    assert not (tmp_path / "runs").exists()
+
+
+def test_doctor_reports_the_machine(tmp_path, capsys):
+    assert run(["doctor", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "jax" in out and "allocator" in out and "writable" in out
+
+
+def test_the_command_as_a_process(tmp_path):
+    """Once for real: a process of its own, no traceback, the exit code of the table."""
+    found = subprocess.run(
+        [sys.executable, "-m", "embedjax", "train", "none.py"], capture_output=True, text=True, cwd=tmp_path, env={**os.environ}
+    )
+    assert found.returncode == 2 and found.stderr.count("\n") == 1 and "Traceback" not in found.stderr
