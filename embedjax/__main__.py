@@ -240,8 +240,10 @@ def export(arguments: Sequence[str]) -> None:
     if check:
         from embedjax.export import gate
 
-        for consumer, difference in gate.check(Path(name)).items():
+        found = gate.check(Path(name))
+        for consumer, difference in found.items():
             print(f"{consumer}\t{'not installed' if difference is None else f'largest difference {difference:.1e}'}")
+        gate.judge(Path(name), found)
         return
     if not folder:
         raise ConfigError("export needs a folder to write: embedjax export MODEL FOLDER (or export FOLDER --check)")

@@ -1,4 +1,4 @@
-"""The training step: state, its making, and the gradient of an objective, plain or accumulated. The only jitted entry of training."""
+"""The training step: state, gradient (plain or accumulated), update. The only jitted entry of training."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

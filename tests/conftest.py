@@ -32,7 +32,8 @@ def data_dir() -> pathlib.Path:
     return folder
 
 
-WORDS = "red green blue small large old new round flat quiet cat dog bird fish tree stone river house boat song".split()
+WORDS = ("red", "green", "blue", "small", "large", "old", "new", "round", "flat", "quiet")
+WORDS += ("cat", "dog", "bird", "fish", "tree", "stone", "river", "house", "boat", "song")
 
 
 @pytest.fixture

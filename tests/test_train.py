@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from embedjax import build, runs, sharding
+from embedjax import runs, sharding
 from embedjax.checkpoint import Checkpoints
 from embedjax.config import serialize
 from embedjax.config.errors import ConfigError, NonFiniteError, Saved, StorageError
@@ -28,7 +28,8 @@ def use_devices(monkeypatch):
     original = sharding.make_mesh
 
     def use(count):
-        monkeypatch.setattr(build.sharding, "make_mesh", lambda mesh, devices=None: original(mesh, devices or jax.devices()[:count]))
+        some = lambda mesh, devices=None: original(mesh, devices or jax.devices()[:count])
+        monkeypatch.setattr(sharding, "make_mesh", some)
 
     use(1)
     return use

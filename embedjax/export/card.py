@@ -87,4 +87,5 @@ def _training(config: Config, step: Any) -> str:
 def _set(task: Set) -> str:
     loss = {k: v for k, v in serialize.to_json(task.loss).items() if k != "type"}
     source = {k: v for k, v in serialize.to_json(task.source).items() if v not in ("", [], 0)}
-    return f"* data `{task.name}`: `{json.dumps(source)}`, columns `{json.dumps(task.columns)}`\n* loss: {type(task.loss).__name__} {loss}"
+    read = f"* data `{task.name}`: `{json.dumps(source)}`, columns `{json.dumps(task.columns)}`"
+    return f"{read}\n* loss: {type(task.loss).__name__} {loss}"

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,14 +44,14 @@ def write(model: Model, folder: Path, texts: Sequence[str] = ()) -> float:
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     record = {"texts": chosen, "max_difference": difference, "tolerance": TOLERANCE, "model_sha256": digest}
     (folder / "parity.json").write_text(json.dumps(record, indent=1, ensure_ascii=False))
-    _judge(folder, "embedjax", difference)
+    judge(folder, {"embedjax": difference})
     return difference
 
 
 def check(folder: Path) -> dict[str, float | None]:
     """Largest difference of each consumer from the vectors the folder was exported with; None for one not installed.
 
-    Raises ConfigError when the folder carries no reference, CheckFailed when a consumer differs too much.
+    Raises ConfigError when the folder carries no reference. `judge` tells whether the differences are small enough.
     """
     try:
         record = json.loads((folder / "parity.json").read_text())
@@ -59,18 +59,15 @@ def check(folder: Path) -> dict[str, float | None]:
         texts = record["texts"]
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"{folder}: no parity.json and parity.safetensors to check against ({error})") from error
-    found: dict[str, float | None] = {name: reader(folder, texts, wanted) for name, reader in CONSUMERS.items()}
-    for name, difference in found.items():
-        if difference is not None:
-            _judge(folder, name, difference)
-    return found
+    return {name: reader(folder, texts, wanted) for name, reader in CONSUMERS.items()}
 
 
-def _judge(folder: Path, consumer: str, difference: float) -> None:
-    if not difference <= TOLERANCE:
-        raise CheckFailed(
-            f"{folder}: vectors read by {consumer} differ by {difference:.1e}; at most {TOLERANCE:.0e} is allowed"
-        )
+def judge(folder: Path, found: Mapping[str, float | None]) -> None:
+    """Raises CheckFailed when a consumer's vectors differ by more than 1e-4, or are not numbers."""
+    for consumer, difference in found.items():
+        if difference is not None and not difference <= TOLERANCE:
+            told = f"vectors read by {consumer} differ by {difference:.1e}; at most {TOLERANCE:.0e} is allowed"
+            raise CheckFailed(f"{folder}: {told}")
 
 
 def _difference(wanted: np.ndarray, found: np.ndarray) -> float:
@@ -85,7 +82,9 @@ def _sentence_transformers(folder: Path, texts: list[str], wanted: np.ndarray) -
     if importlib.util.find_spec("sentence_transformers") is None or not (folder / "modules.json").exists():
         return None
     from sentence_transformers import SentenceTransformer  # pyright: ignore[reportMissingImports]
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     return _difference(wanted, SentenceTransformer(str(folder), device="cpu").encode(texts, show_progress_bar=False))
 
 
