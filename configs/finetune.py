@@ -2,9 +2,9 @@
 
     embedjax train configs/finetune.py --data.sets.0.source.path my_pairs.tsv --run-dir runs/mine
 
-The file has a header with the columns `anchor` and `positive` (and `negative`, if you name it in `columns` below): TSV, CSV, JSONL
-or Parquet. `init` is any BERT, RoBERTa, DistilBERT, MPNet or ModernBERT folder or hub id; a sentence-transformers folder brings its
-pooling, lengths and prompts along. Hardware: any; 2 CPU cores take some 100 pairs/s of short texts with a 6-layer MiniLM.
+The file has a header with the columns `anchor` and `positive` (and `negative`, if you name it in `columns` below): TSV, CSV,
+JSONL or Parquet. `init` is any BERT, RoBERTa, DistilBERT, MPNet or ModernBERT folder or hub id; a sentence-transformers folder
+brings its pooling, lengths and prompts along.
 """
 
 from embedjax.config import Checkpoint, Config, Data, File, Model, MultipleNegatives, Optim, Set, Tower

@@ -2,8 +2,8 @@
 
     embedjax train configs/quickstart.py
 
-Data: the functions of the Python packages installed on this machine, docstring summary -> source without its docstring, split by
-package. Hardware: 2 CPU cores, under 2 minutes.
+Data: the functions of the Python packages installed on this machine, docstring summary -> source without its docstring, split
+by package. Hardware: 2 CPU cores, under 2 minutes.
 """
 
 from embedjax.config import (

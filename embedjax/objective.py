@@ -102,6 +102,7 @@ def _encoder(model: Model, embedders: Mapping[str, Embedder]) -> Callable:
             # Groups share row numbers, so each has its own key: equal masks for a row's texts would correlate them.
             salted = None if key is None else key + jnp.uint32((place * 0x9E3779B9) & 0xFFFFFFFF)
             pooled = embedders[tower].apply(towers[tower], whole, row=row, key=salted).pooled
+            assert pooled is not None
             start = 0
             for name, width in zip(names, widths, strict=True):
                 shape = columns[name]["ids"].shape[:-1]

@@ -1,15 +1,15 @@
 """The mesh, where each parameter lives on it, and how batches are placed. Nothing else knows of devices."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import Mesh as DeviceMesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from embedjax.config import Mesh
+from embedjax import config
 from embedjax.config.errors import ConfigError
 
 BATCH_AXES = ("data", "fsdp")
@@ -27,7 +27,7 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(mesh: Mesh, devices: list[jax.Device] | None = None) -> DeviceMesh:
+def make_mesh(mesh: config.Mesh, devices: Sequence[Any] | None = None) -> Mesh:
     """The device mesh, axes `data` and `fsdp`. Raises ConfigError when the devices do not divide."""
     devices = jax.devices() if devices is None else devices
     count = len(devices)
@@ -46,7 +46,7 @@ def path_of(path: tuple) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
-def spec(path: str, shape: tuple[int, ...], mesh: DeviceMesh) -> P:
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The first rule that matches, less the axes that do not divide. Raises ConfigError when none matches."""
     if not shape:
         return P()
@@ -57,27 +57,27 @@ def spec(path: str, shape: tuple[int, ...], mesh: DeviceMesh) -> P:
     raise ConfigError(f"no sharding rule matches parameter {path!r} of shape {shape}")
 
 
-def shardings(tree: Any, mesh: DeviceMesh) -> Any:
+def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for each leaf of parameters, or of a state that holds trees of the same paths."""
     return jax.tree_util.tree_map_with_path(lambda p, x: NamedSharding(mesh, spec(path_of(p), x.shape, mesh)), tree)
 
 
-def replicated(mesh: DeviceMesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def rows(mesh: DeviceMesh) -> NamedSharding:
+def rows(mesh: Mesh) -> NamedSharding:
     """Axis 0 split over all devices: batches, embeddings, corpora."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def place(columns: Any, mesh: DeviceMesh) -> Any:
+def place(columns: Any, mesh: Mesh) -> Any:
     """This host's rows of each leaf as a part of one global array split over the mesh."""
     sharding = rows(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), columns)
 
 
-def put(tree: Any, mesh: DeviceMesh) -> Any:
+def put(tree: Any, mesh: Mesh) -> Any:
     """A tree of host arrays, the same on every host, placed by the path table."""
     return jax.tree.map(
         lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index]), tree, shardings(tree, mesh)

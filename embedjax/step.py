@@ -77,7 +77,7 @@ def make(gradient: Gradient, tx: optax.GradientTransformation, schedule: Callabl
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = bound(optax.apply_updates(state.params, updates))
+        params = bound(jax.tree.map(jnp.add, state.params, updates))
         keep = lambda new, old: jnp.where(finite, new, old)
         params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
         skipped = (~finite).astype(jnp.int32)

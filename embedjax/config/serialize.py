@@ -51,7 +51,7 @@ def from_json(data: Any, kind: Any = Config, where: str = "config") -> Any:
 def _member(data: Any, kinds: tuple, where: str) -> Any:
     if data is None and type(None) in kinds:
         return None
-    classes = {kind.__name__: kind for kind in kinds if dataclasses.is_dataclass(kind)}
+    classes = {kind.__name__: kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
     if isinstance(data, dict) and classes:
         name = data.get("type", next(iter(classes)) if len(classes) == 1 else None)
         if name not in classes:

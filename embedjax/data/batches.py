@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -99,7 +99,7 @@ class Batches:
             self._cells += sum(mask.size for mask in masks)
         return self.data.sets[draw.set].name, columns
 
-    def iterate(self, start: int = 0) -> Iterator[Batch]:
+    def iterate(self, start: int = 0) -> Generator[Batch, None, None]:
         """The batches from step `start` to the last, made ahead by threads from now on. Errors come out at their step."""
         steps = grain.MapDataset.range(start, self.steps).map(self.batch)
         options = grain.ReadOptions(num_threads=self.data.threads, prefetch_buffer_size=self.data.prefetch)
@@ -204,7 +204,7 @@ def _abstract(tree: Any, rows: int) -> Any:
     return Abstract((rows, *tree.shape[1:]), tree.dtype)
 
 
-def _drain(batches: grain.DatasetIterator) -> Iterator[Batch]:
+def _drain(batches: grain.DatasetIterator) -> Generator[Batch, None, None]:
     """Yields until the end or an error, then lets the threads go."""
     try:
         yield from batches

@@ -88,14 +88,16 @@ def mix(x: UInt32[Array, "*n"]) -> UInt32[Array, "*n"]:
 def token_seeds(key: UInt32[Array, ""], row_B: Int[Array, "B"], length: int) -> UInt32[Array, "B L"]:
     """One dropout seed a token, of key, global row and position alone: masks depend neither on chunks nor on devices."""
     seed_B = mix(mix(row_B.astype(jnp.uint32) + jnp.uint32(0x9E3779B9)) ^ key)
-    return mix(seed_B[:, None] + jnp.uint32(0x9E3779B1) * jnp.arange(1, length + 1, dtype=jnp.uint32)[None])
+    return jax.lax.optimization_barrier(
+        mix(seed_B[:, None] + jnp.uint32(0x9E3779B1) * jnp.arange(1, length + 1, dtype=jnp.uint32)[None])
+    )
 
 
 def layer_seeds(seed_BL: UInt32[Array, "B L"] | None, layer: Int[Array, ""]) -> UInt32[Array, "B L"] | None:
     """The seeds of one layer, from those of the tokens."""
     if seed_BL is None:
         return None
-    return mix(seed_BL ^ mix(jnp.uint32(0x2545F491) + layer.astype(jnp.uint32)))
+    return jax.lax.optimization_barrier(mix(seed_BL ^ mix(jnp.uint32(0x2545F491) + layer.astype(jnp.uint32))))
 
 
 def dropout(x: Float[Array, "*n D"], rate: float, seed: UInt32[Array, "*n"] | None, site: int) -> Float[Array, "*n D"]:
@@ -103,7 +105,12 @@ def dropout(x: Float[Array, "*n D"], rate: float, seed: UInt32[Array, "*n"] | No
     if seed is None or rate == 0:
         return x
     feature = jnp.arange(x.shape[-1], dtype=jnp.uint32).reshape((1,) * (x.ndim - 1) + (-1,))
-    return _keep(x, mix(seed + jnp.uint32(site * 0x3C6EF372 & 0xFFFFFFFF))[..., None] + feature * jnp.uint32(0x9E3779B1), rate)
+    return _keep(
+        x,
+        jax.lax.optimization_barrier(mix(seed + jnp.uint32(site * 0x3C6EF372 & 0xFFFFFFFF)))[..., None]
+        + feature * jnp.uint32(0x9E3779B1),
+        rate,
+    )
 
 
 def _drop_scores(p_BHLL, rate, seed_BL):
@@ -111,7 +118,7 @@ def _drop_scores(p_BHLL, rate, seed_BL):
     B, H, L, _ = p_BHLL.shape
     head = jnp.arange(H, dtype=jnp.uint32)[None, :, None, None] * jnp.uint32(1 << 16)
     feature = head + jnp.arange(L, dtype=jnp.uint32)[None, None, None, :]
-    return _keep(p_BHLL, mix(seed_BL)[:, None, :, None] + feature * jnp.uint32(0x9E3779B1), rate)
+    return _keep(p_BHLL, jax.lax.optimization_barrier(mix(seed_BL))[:, None, :, None] + feature * jnp.uint32(0x9E3779B1), rate)
 
 
 def _keep(x, counter, rate):
