@@ -4,8 +4,10 @@ import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# XLA aborts a collective whose threads do not all arrive in time, which busy cores make likely.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+# XLA aborts a collective whose threads do not all arrive in time, which busy cores make likely. Most of the time goes to
+# compiling programs that run once, and without optimisation that takes half as long.
+FLAGS = " --xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,5 +1,5 @@
-"""Does fine-tuning learn? The real MiniLM on Flickr30k caption pairs: retrieval of another caption of the same photo among those
-of held-out photos, before, during and after.
+"""Does fine-tuning learn? The real MiniLM on Flickr30k caption pairs, scored by retrieval of another caption of the same photo
+among those of held-out photos, before, during and after.
 
     python tests/benchmarks/learning.py [--steps 300]
 

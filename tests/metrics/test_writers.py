@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+import time
 
 import pytest
 from tensorboardX import SummaryWriter
@@ -39,6 +40,9 @@ def test_tensorboard_files_are_written(tmp_path):
     writer.write({"step": 1, "loss": 2.0})
     writer.scalars(1, {"sts/spearman": 0.5})
     (file,) = (tmp_path / "tensorboard").glob("events*")
+    deadline = time.monotonic() + 30  # it writes in a thread
+    while b"sts/spearman" not in file.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert b"loss" in file.read_bytes() and b"sts/spearman" in file.read_bytes()
 
 
