@@ -1,6 +1,7 @@
 """The command line: train, evaluate, encode, search, export, doctor. Errors are one line and an exit code of the README."""
 
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -301,6 +302,13 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(f"{where}{error.strerror or error}", 4)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = next(line for line in str(error).splitlines() if "RESOURCE_EXHAUSTED" in line)
+        return _fail(
+            f"the device is out of memory: a smaller data.batch_size, remat or optim.accumulate needs less ({reason})", 2
+        )
     return 0
 
 
@@ -314,6 +322,8 @@ def main() -> None:
     """The command `embedjax`."""
     allocator.restart()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("embedjax").setLevel(logging.INFO)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -52,6 +52,10 @@ def resolve(config: Config, known: Config | None = None) -> Config:
         raise ConfigError("model.towers is empty; name at least one tower")
     if not config.data.sets:
         raise ConfigError("data.sets is empty; name at least one data set")
+    if config.export.format != "none" and len(config.model.towers) > 1:
+        raise ConfigError(
+            f"export.format {config.export.format!r} holds one tower, the model has {len(config.model.towers)}; use none"
+        )
     stored = known.model.towers if known else {}
     towers = {name: resolve_tower(tower, stored.get(name)) for name, tower in config.model.towers.items()}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, towers=towers))

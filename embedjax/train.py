@@ -4,7 +4,7 @@ import dataclasses
 import io
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import jax
@@ -67,7 +67,10 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
                 status.line(f"step {step}: " + "  ".join(f"{key} {value:.4f}" for key, value in scores.items()))
             return scores
 
-        with Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep, best=best_metric(config)) as checkpoints:
+        with ExitStack() as ended:
+            saves = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep, best=best_metric(config))
+            checkpoints = ended.enter_context(saves)
+
             # ---- the state: 1. the newest whole save of this run; 2. pretrained or random weights
             if checkpoints.latest() is not None:
                 state, record = checkpoints.restore(None, run.abstract)
@@ -83,12 +86,12 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
                     evaluate(0)
 
             # ---- the loop: a step is dispatched before the metrics of the one before it are read
-            writer = Writer(folder, config.writers, start, config.name) if first else None
+            writer = ended.enter_context(closing(Writer(folder, config.writers, start, config.name))) if first else None
             progress = Progress(
                 status=status, writer=writer, start=start, steps=config.steps, pairs=config.data.batch_size,
                 log_every=config.log_every, peak=_peak(run),
             )  # fmt: skip
-            batches = run.batches.iterate(start)
+            batches = ended.enter_context(closing(run.batches.iterate(start)))
             pending = None
             for n in range(start + 1, config.steps + 1):
                 with progress.waiting():
@@ -109,7 +112,6 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
                         writer.scalars(n, scores)
                     progress.pace.restart()
                 if stop and not last:
-                    batches.close()
                     checkpoints.wait()
                     raise Saved(f"{folder}: asked to stop; saved at step {n} of {config.steps}, the same command goes on there")
 

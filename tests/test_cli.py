@@ -22,7 +22,7 @@ MODULE = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.mode
 TOWER = "arch=arch, tokenizer='wordpiece', max_length=8"
 
 
-def fails(arguments, code, *words, capsys):
+def assert_fails(arguments, code, *words, capsys):
     """Runs a command that must fail with `code` in one line that has all the words."""
     found = run([str(a) for a in arguments])
     err = capsys.readouterr().err.strip().splitlines()
@@ -103,7 +103,7 @@ def copied(exported, tmp_path):
     ],
 )
 def test_wrong_commands(arguments, words, capsys):
-    fails(arguments, 2, *words, capsys=capsys)
+    assert_fails(arguments, 2, *words, capsys=capsys)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_wrong_commands(arguments, words, capsys):
 def test_wrong_config_files(text, words, tmp_path, capsys):
     path = tmp_path / "bad.py"
     path.write_text(text)
-    fails(["train", path, "--run-dir", tmp_path / "run"], 2, *words, capsys=capsys)
+    assert_fails(["train", path, "--run-dir", tmp_path / "run"], 2, *words, capsys=capsys)
 
 
 @pytest.mark.parametrize("arguments", [["--data.batch-sise", "3"], ["--steps", "many"], ["--optim.schedule", "liner"]])
@@ -179,17 +179,17 @@ def test_wrong_data(name, content, code, words, write_config, tmp_path, capsys):
     if content is not None:
         table(path, content)
     config = write_config(source=f"File({str(path)!r})")
-    fails(["train", config, "--run-dir", tmp_path / "run"], code, *words, capsys=capsys)
+    assert_fails(["train", config, "--run-dir", tmp_path / "run"], code, *words, capsys=capsys)
 
 
 def test_nan_among_the_scores_of_an_evaluation(exported, tmp_path, capsys):
     path = table(tmp_path / "sts.csv", "sentence1,sentence2,score\na,b,1\nc,d,nan\n")
-    fails(["evaluate", exported, "--task", "sts", "--data", path], 3, "sts.csv", "nan", capsys=capsys)
+    assert_fails(["evaluate", exported, "--task", "sts", "--data", path], 3, "sts.csv", "nan", capsys=capsys)
 
 
 def test_an_empty_text_to_encode(exported, tmp_path, capsys):
     path = table(tmp_path / "in.txt", "red\n\nblue\n")
-    fails(["encode", exported, path, tmp_path / "out.npy"], 3, "in.txt", capsys=capsys)
+    assert_fails(["encode", exported, path, tmp_path / "out.npy"], 3, "in.txt", capsys=capsys)
 
 
 # ---- models
@@ -197,21 +197,23 @@ def test_an_empty_text_to_encode(exported, tmp_path, capsys):
 
 def test_a_batch_that_does_not_divide(write_config, tmp_path, capsys):
     arguments = ["train", write_config(), "--run-dir", tmp_path / "run", "--data.batch-size", "12"]
-    fails(arguments, 2, "12", "8 devices", capsys=capsys)
+    assert_fails(arguments, 2, "12", "8 devices", capsys=capsys)
 
 
 def test_a_tower_without_tokenizer(write_config, tmp_path, capsys):
-    fails(["train", write_config(tower="arch=arch, max_length=8"), "--run-dir", tmp_path / "r"], 2, "tokenizer", capsys=capsys)
+    assert_fails(
+        ["train", write_config(tower="arch=arch, max_length=8"), "--run-dir", tmp_path / "r"], 2, "tokenizer", capsys=capsys
+    )
 
 
 def test_a_length_beyond_the_positions(write_config, tmp_path, capsys):
     config = write_config(tower="arch=arch, tokenizer='wordpiece', max_length=99")
-    fails(["train", config, "--run-dir", tmp_path / "run"], 2, "99", "16", capsys=capsys)
+    assert_fails(["train", config, "--run-dir", tmp_path / "run"], 2, "99", "16", capsys=capsys)
 
 
 def test_a_freeze_that_matches_nothing(write_config, tmp_path, capsys):
     config = write_config(optim="Optim(freeze=('bloks',))")
-    fails(["train", config, "--run-dir", tmp_path / "run"], 2, "bloks", capsys=capsys)
+    assert_fails(["train", config, "--run-dir", tmp_path / "run"], 2, "bloks", capsys=capsys)
 
 
 def damage_tensor(folder, change):
@@ -251,18 +253,18 @@ def set_json(name, **values):
 def test_damaged_models(damage, words, copied, tmp_path, capsys):
     damage(copied)
     texts = table(tmp_path / "in.txt", "red\nblue\n")
-    fails(["encode", copied, texts, tmp_path / "out.npy"], 2, *words, capsys=capsys)
+    assert_fails(["encode", copied, texts, tmp_path / "out.npy"], 2, *words, capsys=capsys)
 
 
 def test_a_check_that_fails(copied, capsys):
     damage_tensor(copied, lambda t: t.update({k: v * 1.5 for k, v in t.items() if "word_embeddings" in k}))
-    fails(["export", copied, "--check"], 6, "differ", capsys=capsys)
+    assert_fails(["export", copied, "--check"], 6, "differ", capsys=capsys)
 
 
 def test_a_weight_that_is_not_finite(copied, tmp_path, capsys):
     damage_tensor(copied, lambda t: t[NORM].fill(np.nan))
     texts = table(tmp_path / "in.txt", "red\nblue\n")
-    fails(["encode", copied, texts, tmp_path / "out.npy"], 5, "not finite", capsys=capsys)
+    assert_fails(["encode", copied, texts, tmp_path / "out.npy"], 5, "not finite", capsys=capsys)
 
 
 # ---- storage
@@ -271,13 +273,13 @@ def test_a_weight_that_is_not_finite(copied, tmp_path, capsys):
 def test_an_export_over_another_folder(exported, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    fails(["export", exported, tmp_path / "mine"], 4, "not empty", capsys=capsys)
+    assert_fails(["export", exported, tmp_path / "mine"], 4, "not empty", capsys=capsys)
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
 def test_a_run_folder_that_cannot_be_made(write_config, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    fails(["train", write_config(), "--run-dir", tmp_path / "file" / "run"], 4, "run", capsys=capsys)
+    assert_fails(["train", write_config(), "--run-dir", tmp_path / "file" / "run"], 4, "run", capsys=capsys)
 
 
 # ---- what works

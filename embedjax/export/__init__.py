@@ -1,7 +1,6 @@
 """A model -> a folder that others load, with a parity gate."""
 
 import dataclasses
-import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,6 @@ from embedjax.export import card, gate
 from embedjax.load import Model
 from embedjax.models import written
 from embedjax.models.embedder import build_embedder
-
-log = logging.getLogger(__name__)
 
 FORMATS = {"sentence-transformers": written.write_sentence_transformers, "hf": written.write_hf}
 
@@ -54,7 +51,6 @@ def export(
     if folder.exists():
         shutil.rmtree(folder)
     part.rename(folder)
-    log.info("exported %s, largest difference %.1e", folder, difference)
     return difference
 
 

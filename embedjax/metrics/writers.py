@@ -2,9 +2,9 @@
 
 import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from embedjax.config.errors import ConfigError
 
@@ -35,7 +35,12 @@ class Writer:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Sends values to the extra writers only; the files keep evaluations elsewhere."""
         for other in self.others:
-            other(step, values)
+            other.write(step, values)
+
+    def close(self) -> None:
+        """Ends the extra writers, which write in threads of their own."""
+        for other in self.others:
+            other.close()
 
     def _csv_row(self, row: Mapping[str, float]) -> None:
         new = not self.csv.exists()
@@ -54,28 +59,34 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines[:-1] if line.strip()]
 
 
-def _tensorboard(folder: Path, name: str) -> Any:
+class Other(NamedTuple):
+    """A writer of an extra."""
+
+    write: Callable[[int, Mapping[str, float]], None]
+    close: Callable[[], None]
+
+
+def _tensorboard(folder: Path, name: str) -> Other:
     try:
         from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError("writers has 'tensorboard': install it with pip install 'embedjax[tensorboard]'") from error
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    writer = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
 
     def write(step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
             writer.add_scalar(key, value, step)
-        writer.flush()
 
-    return write
+    return Other(write, writer.close)
 
 
-def _wandb(folder: Path, name: str) -> Any:
+def _wandb(folder: Path, name: str) -> Other:
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError("writers has 'wandb': install it with pip install 'embedjax[wandb]'") from error
     run = wandb.init(project="embedjax", name=name, dir=str(folder), id=name.replace("/", "-"), resume="allow")
-    return lambda step, values: run.log(dict(values), step=step)
+    return Other(lambda step, values: run.log(dict(values), step=step), run.finish)
 
 
 OTHERS = {"tensorboard": _tensorboard, "wandb": _wandb}
