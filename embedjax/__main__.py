@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from embedjax import allocator
-from embedjax.config import Config, File, Retrieval, Sts
+from embedjax.config import Bert, Config, Data, Evaluate, File, Model, Retrieval, Set, Sts, Tower
 from embedjax.config.errors import ConfigError, EmbedjaxError, nearest
 
 USAGE = """usage: embedjax COMMAND ...
@@ -26,6 +26,10 @@ USAGE = """usage: embedjax COMMAND ...
 
 MODEL is a run folder (newest save; RUN@best, RUN@500), an exported folder, a Hugging Face or sentence-transformers folder, or a
 hub id. `embedjax COMMAND --help` tells more."""
+
+
+# What `train --help` without a config file shows the fields of.
+EXAMPLE = Config(model=Model({"text": Tower(arch=Bert())}), data=Data(sets=(Set(),)), evaluate=Evaluate(tasks=(Retrieval(),)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +52,7 @@ def train(arguments: Sequence[str]) -> None:
     from embedjax.config.load import from_file
 
     if not arguments or arguments[0].startswith("-"):
-        config, rest, shown = Config(), list(arguments), "CONFIG"
+        config, rest, shown = EXAMPLE, list(arguments), "CONFIG"
         if not {"-h", "--help"} & set(rest):
             raise ConfigError("train needs a config file: embedjax train CONFIG.py [--FIELD VALUE ...]")
     else:
@@ -123,10 +127,12 @@ def evaluate(arguments: Sequence[str]) -> None:
         return model, made
 
     name, task = tyro.cli(command, args=arguments, prog="embedjax evaluate")
+    from embedjax.config import Mesh
     from embedjax.evaluate import tasks
     from embedjax.load import load
+    from embedjax.sharding import make_mesh
 
-    for key, value in tasks.evaluate(load(name), tasks.prepare((task,))).items():
+    for key, value in tasks.evaluate(load(name), tasks.prepare((task,)), mesh=make_mesh(Mesh())).items():
         print(f"{key}\t{value:.4f}")
 
 
@@ -207,12 +213,15 @@ def search(arguments: Sequence[str]) -> None:
 
     name, query, path, column, k = tyro.cli(command, args=arguments, prog="embedjax search")
     from embedjax import search as finder
+    from embedjax.config import Mesh
     from embedjax.evaluate.progress import Display
     from embedjax.load import load
+    from embedjax.sharding import make_mesh
 
     model, corpus = load(name), finder.open_corpus(path, column or None)
     with Display("encode the corpus") as progress:
-        hits = finder.search(model, corpus, query, k, cache=finder.cache_folder(), progress=progress)
+        mesh = make_mesh(Mesh())
+        hits = finder.search(model, corpus, query, k, mesh=mesh, cache=finder.cache_folder(), progress=progress)
     finder.show(hits)
 
 

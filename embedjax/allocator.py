@@ -51,7 +51,7 @@ def wanted(variables: Mapping[str, str]) -> bool:
 def restart() -> None:
     """Executes this same command again with the allocator, if that is wanted; else returns."""
     if wanted(os.environ):
-        os.execve(sys.executable, [sys.executable, "-m", "embedjax", *sys.argv[1:]], {**os.environ, **environment(find())})
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **environment(find())})
 
 
 def describe(variables: Mapping[str, str]) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from embedjax import objective, optim, sharding, step
 from embedjax.config import Config, Tower
@@ -38,11 +37,8 @@ class Run:
     texts: dict[str, Texts]
     batches: Batches
     embedders: dict[str, Embedder]
-    schedule: Callable
-    tx: optax.GradientTransformation
     init: Callable[[], tuple[step.TrainState, dict]]
     abstract: step.TrainState
-    shardings: step.TrainState
     steps: dict[str, Callable]
 
 
@@ -71,7 +67,9 @@ def build(config: Config, folder: Path) -> Run:
     embedders = {name: build_embedder(tower) for name, tower in config.model.towers.items()}
     objectives = {task.name: objective.make(task, config.model, embedders) for task in config.data.sets}
     shapes = jax.eval_shape(functools.partial(_random_params, config, embedders))
-    trained_shapes, _ = optim.partition(shapes, config.optim.freeze)
+    trained_shapes, frozen = optim.partition(shapes, config.optim.freeze)
+    if "loss" in frozen:
+        raise ConfigError("optim.freeze matches loss/scale; set the loss's learn_scale to False instead")
     tx, schedule = optim.make(config.optim, config.steps, trained_shapes)
     abstract = jax.eval_shape(functools.partial(step.init_state, tx=tx), trained_shapes)
     shardings = sharding.shardings(abstract, mesh)
@@ -81,7 +79,7 @@ def build(config: Config, folder: Path) -> Run:
         gradient = step.plain(made) if config.optim.accumulate == 1 else step.accumulated(made, config.optim.accumulate)
         steps[name] = step.jitted(step.make(gradient, tx, schedule, config.seed), shardings)
     init = functools.partial(_init, config, embedders, tx, mesh)
-    return Run(config, mesh, sources, texts, batches, embedders, schedule, tx, init, abstract, shardings, steps)
+    return Run(config, mesh, sources, texts, batches, embedders, init, abstract, steps)
 
 
 def _check_sizes(config: Config, mesh: jax.sharding.Mesh) -> None:

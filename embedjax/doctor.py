@@ -35,17 +35,21 @@ def report(folders: list[Path]) -> Iterator[tuple[str, str, bool]]:
 
 
 def usable(folder: Path) -> tuple[str, bool]:
-    """Whether a folder can be read and written, and the space left; a missing one is judged by its nearest parent."""
+    """Whether a folder can be read and written, and the space left; a missing one is judged by its nearest parent.
+
+    One that can only be read will do for data."""
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir():
         return f"{place} is not a folder", False
+    if not os.access(place, os.R_OK | os.X_OK):
+        return "cannot be read", False
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b"x" * 4096)
     except OSError as error:
-        return f"cannot be written: {error.strerror}", False
+        return f"readable, not writable ({error.strerror}): for data only", place == folder
     free = shutil.disk_usage(place).free
     note = "" if place == folder else f" (will be made in {place})"
-    return f"writable, {free / 2**30:.0f} GiB free{note}", free > 2**30
+    return f"readable and writable, {free / 2**30:.0f} GiB free{note}", free > 2**30

@@ -43,8 +43,10 @@ class Model:
 def load(name: str | Path) -> Model:
     """The model of a run folder (its newest save; RUN@best or RUN@500 for another), of an exported, sentence-transformers or
     Hugging Face folder, or of a hub id. Raises ConfigError when it is none of these."""
-    run, _, which = str(name).rpartition("@") if "@" in str(name) else (str(name), "", "")
-    if is_run(Path(run)):
+    if is_run(Path(name)):
+        return _from_run(Path(name), "")
+    run, _, which = str(name).rpartition("@")
+    if run and is_run(Path(run)):
         return _from_run(Path(run), which)
     folder = folders.resolve(str(name))
     tower = folders.read_tower(folder)
@@ -132,6 +134,8 @@ def _from_run(path: Path, which: str) -> Model:
     if which not in ("", "best") and not which.isdecimal():
         raise ConfigError(f"{path}@{which}: after @ comes a step or 'best'")
     with Checkpoints(path / "checkpoints", best=best_metric(config) if which == "best" else None) as checkpoints:
+        if which == "best" and checkpoints.best() is None:
+            raise ConfigError(f"{path}@best: no save has the metric {best_metric(config)!r}")
         params, step = checkpoints.params_only(int(which) if which.isdecimal() else None)
     params = combine(params, read_constants(path))
     tokenizers = tokenizer_folders(path, config.model)

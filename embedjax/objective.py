@@ -60,7 +60,7 @@ def _multiple_negatives(task: Set, model: Model, embedders: Mapping[str, Embedde
     encoder = _encoder(model, embedders)
 
     def encode(params, constants, columns, key):
-        towers = combine(params["towers"], constants.get("towers", {}))
+        towers = combine(params.get("towers", {}), constants.get("towers", {}))
         return encoder(towers, candidates(columns), columns["row"], key)
 
     def targets(constants, columns):

@@ -39,12 +39,12 @@ FREE = (
 
 @contextmanager
 def opened(folder: Path, fresh: bool) -> Iterator[None]:
-    """Makes and holds a run folder; `fresh` first moves what is there to a sibling folder with the time in its name.
+    """Makes and holds a run folder; `fresh` first moves the run in it to a sibling folder with the time in its name.
 
     Raises StorageError when another process holds it or it cannot be written.
     """
     try:
-        if fresh and folder.is_dir() and jax.process_index() == 0:
+        if fresh and (folder / "config.json").exists():
             with hold(folder):
                 folder.rename(folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,6 +66,18 @@ def refuse_changes(folder: Path, old: Config, new: Config) -> None:
     if found:
         told = "; ".join(f"{path}: {a!r} -> {b!r}" for path, (a, b) in sorted(found.items()))
         raise ConfigError(f"{folder} holds a run of another config ({told}); use another --run-dir, or --fresh to start anew")
+
+
+def refuse_other_data(folder: Path, new: list[dict]) -> None:
+    """Raises ConfigError when the training data are no longer those the run began with: rows would be others unnoticed.
+
+    Paths may differ, as they do between machines."""
+    path = folder / "data.json"
+    old = json.loads(path.read_text()) if path.exists() else new
+    facts = lambda files: [(file["bytes"], file["sha256"], file["rows"]) for file in files]
+    if facts(old) != facts(new):
+        changed = [b["file"] for a, b in zip(old, new, strict=False) if facts([a]) != facts([b])] or ["their number"]
+        raise ConfigError(f"{folder}: the data have changed since the run began ({changed[0]}); --fresh starts anew")
 
 
 def write_facts(folder: Path, config: Config, data: list[dict], command: list[str]) -> None:

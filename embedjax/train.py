@@ -1,19 +1,19 @@
 """The story of a run: set up, resume, loop, evaluate, save, export. The mechanism lives in the files it calls."""
 
 import dataclasses
-import io
+import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from embedjax import build, runs, sharding
 from embedjax.checkpoint import Checkpoints
 from embedjax.config import Config, serialize
-from embedjax.config.errors import Saved
+from embedjax.config.errors import ConfigError, Saved
 from embedjax.data.sources import manifest
 from embedjax.evaluate import report, tasks
 from embedjax.export import export
@@ -40,19 +40,25 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
     `fresh` moves an old run aside first; `profile` is a range of steps to trace. Raises Saved when asked to stop by a signal,
     NonFiniteError after three non-finite steps in a row, and the errors of config, data and storage.
     """
-    folder = folder or Path("runs") / config.name
-    first = jax.process_index() == 0
-    status = Status(sys.stdout if first else io.StringIO())
-    with runs.opened(folder, fresh), runs.stop_signal() as stopped:
+    if jax.process_count() > 1:
+        raise ConfigError(f"a run has one process; {jax.process_count()} are running")
+    folder = (folder or Path("runs") / config.name).absolute()
+    status = Status()
+    with runs.opened(folder, fresh), runs.stop_signal() as stopped, ExitStack() as ended:
         # ---- set up: an earlier run in this folder decides what may go on here
         stored = runs.stored(folder)
         config = build.resolve(config, stored)
-        if stored is not None:
+        if stored is None:
+            shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # of a start that failed before there was a run
+        else:
             runs.refuse_changes(folder, stored, config)
         run = build.build(config, folder)
+        data = [row for source in run.sources.values() for row in manifest(source)]
+        runs.refuse_other_data(folder, data)
         prepared = tasks.prepare(config.evaluate.tasks)
-        if first:
-            runs.write_facts(folder, config, [row for source in run.sources.values() for row in manifest(source)], sys.argv)
+        runs.write_facts(folder, config, data, sys.argv)
+        saves = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep, best=best_metric(config))
+        checkpoints = ended.enter_context(saves)
         status.line(build.summary(run))
 
         def model(step: int) -> Model:
@@ -62,73 +68,91 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
 
         def evaluate(step: int) -> Mapping[str, float]:
             scores = tasks.evaluate(model(step), prepared, mesh=run.mesh)
-            if first and scores:
+            if scores:
                 runs.add_evaluation(folder, step, scores)
+                writer.scalars(step, scores)
                 status.line(f"step {step}: " + "  ".join(f"{key} {value:.4f}" for key, value in scores.items()))
             return scores
 
-        with ExitStack() as ended:
-            saves = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep, best=best_metric(config))
-            checkpoints = ended.enter_context(saves)
+        def due(step: int) -> bool:
+            return step == config.steps or bool(config.evaluate.every) and step % config.evaluate.every == 0
 
-            # ---- the state: 1. the newest whole save of this run; 2. pretrained or random weights
-            if checkpoints.latest() is not None:
-                state, record = checkpoints.restore(None, run.abstract)
-                start = record.position
-                constants = sharding.put(read_constants(folder), run.mesh)
-                status.line(f"going on at step {start} of {config.steps}")
-            else:
-                start = 0
-                state, constants = run.init()
-                if first:
-                    write_constants(folder, constants)
-                if config.evaluate.baseline:
-                    evaluate(0)
+        # ---- the state: 1. the newest whole save of this run; 2. pretrained or random weights
+        resumed = checkpoints.latest() is not None
+        if resumed:
+            state, record = checkpoints.restore(None, run.abstract)
+            start = record.position
+            constants = sharding.put(read_constants(folder), run.mesh)
+            status.line(f"going on at step {start} of {config.steps}")
+        else:
+            start = 0
+            state, constants = run.init()
+            write_constants(folder, constants)
+        writer = ended.enter_context(closing(Writer(folder, config.writers, start, config.name)))
+        evaluated = runs.evaluations(folder)
+        if due(start) if resumed else config.evaluate.baseline:
+            wanted = {task.name for task in config.evaluate.tasks}
+            if not any(row["step"] == start and wanted == {key.split("/")[0] for key in row} - {"step"} for row in evaluated):
+                evaluate(start)
 
-            # ---- the loop: a step is dispatched before the metrics of the one before it are read
-            writer = ended.enter_context(closing(Writer(folder, config.writers, start, config.name))) if first else None
-            progress = Progress(
-                status=status, writer=writer, start=start, steps=config.steps, pairs=config.data.batch_size,
-                log_every=config.log_every, peak=_peak(run),
-            )  # fmt: skip
-            batches = ended.enter_context(closing(run.batches.iterate(start)))
-            pending = None
-            for n in range(start + 1, config.steps + 1):
-                with progress.waiting():
-                    task, columns = next(batches)
-                with _traced(folder, profile, n):
-                    state, found = run.steps[task](state, constants, sharding.place(columns, run.mesh))
-                if pending:
-                    progress.read(*pending)
-                pending = (n, build.shape_name(task, columns), build.step_flops(run, columns), found)
-                last, stop = n == config.steps, _agreed(stopped.is_set(), n)
-                due = last or bool(config.evaluate.every) and n % config.evaluate.every == 0
-                if due or stop or n % config.checkpoint.every == 0:
-                    progress.read(*pending)
-                    pending = None
-                    scores = evaluate(n) if due else {}
-                    checkpoints.save(n, state, position=n, config=serialize.to_json(config), metrics=scores)
-                    if writer and scores:
-                        writer.scalars(n, scores)
-                    progress.pace.restart()
-                if stop and not last:
-                    checkpoints.wait()
-                    raise Saved(f"{folder}: asked to stop; saved at step {n} of {config.steps}, the same command goes on there")
+        # ---- the loop: a step is dispatched before the metrics of the one before it are read
+        progress = Progress(
+            status=status, writer=writer, start=start, steps=config.steps, pairs=config.data.batch_size,
+            log_every=config.log_every, peak=_peak(run),
+        )  # fmt: skip
+        trace = Trace(folder / "profile", profile, start, config.steps)
+        batches = ended.enter_context(closing(run.batches.iterate(start)))
+        ended.callback(trace.stop)
+        pending = None
+        for n in range(start + 1, config.steps + 1):
+            with progress.waiting():
+                task, columns = next(batches)
+            shape = build.shape_name(task, columns)
+            if pending and progress.is_new(shape):  # this dispatch compiles: not to be counted as the time of the last step
+                progress.read(*pending)
+                pending = None
+            trace.before(n)
+            state, found = run.steps[task](state, constants, sharding.place(columns, run.mesh))
+            trace.after(n, found)
+            if pending:
+                progress.read(*pending)
+            pending = (n, shape, build.step_flops(run, columns), found)
+            stop = stopped.is_set() and n < config.steps
+            if stop or due(n) or n % config.checkpoint.every == 0:
+                progress.read(*pending)
+                pending = None
+                # Asked to stop there may be seconds left: what is due is evaluated when the run goes on.
+                scores = evaluate(n) if due(n) and not stop else {}
+                checkpoints.save(n, state, position=n, config=serialize.to_json(config), metrics=scores)
+                progress.pace.restart()
+            if stop:
+                checkpoints.wait()
+                raise Saved(f"{folder}: asked to stop; saved at step {n} of {config.steps}, the same command goes on there")
+        checkpoints.wait()
 
         # ---- the end: what was trained becomes a folder, and shows what it can do
         if start < config.steps:
-            status.line(f"{progress.summary()}, {100 * run.batches.padding_share():.0f}% padding")
-        evaluations = runs.evaluations(folder)
-        scores = {key: value for key, value in evaluations[-1].items() if key != "step"} if evaluations else {}
+            shapes, padding = run.batches.compilations(), 100 * run.batches.padding_share()
+            status.line(f"{progress.summary()}, {shapes} compiled shapes, {padding:.0f}% padding")
+        evaluated = runs.evaluations(folder)
+        scores = {key: value for key, value in evaluated[-1].items() if key != "step"} if evaluated else {}
         exported = None
-        if first and config.export.format != "none":
+        if config.export.format != "none":
             exported = folder / "export"
-            difference = export(model(config.steps), exported, config.export.format, scores=scores, replace=True)
-            status.line(f"exported {exported} (parity: largest difference {difference:.0e})")
-        if first and config.evaluate.baseline:
-            for line in report.lines(model(config.steps), prepared, evaluations, exported or folder):
+            texts = [text for row in run.batches.decoded(0, 64) for text, _ in row.values()]
+            difference = export(
+                model(config.steps), exported, config.export.format, texts=texts, scores=scores, replace=True, title=config.name
+            )
+            status.line(f"exported {_shown(exported)} (parity: largest difference {difference:.0e})")
+        if config.evaluate.baseline:
+            for line in report.lines(model(config.steps), prepared, evaluated, _shown(exported or folder)):
                 status.line(line)
         return Result(folder, config.steps, scores, exported)
+
+
+def _shown(folder: Path) -> Path:
+    """A folder as a person would type it from here."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def _peak(run: build.Run) -> float | None:
@@ -136,16 +160,26 @@ def _peak(run: build.Run) -> float | None:
     return None if peak is None else peak * run.mesh.size
 
 
-def _agreed(asked: bool, step: int) -> bool:
-    """Whether to stop after this step: all processes answer alike, also when only one of them was asked."""
-    return asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+class Trace:
+    """The profiler's trace of a range of steps, from the first of them that is run to the last."""
 
+    def __init__(self, folder: Path, wanted: range | None, start: int, steps: int):
+        self.folder = folder
+        self.first = max(wanted.start, start + 1) if wanted else 0
+        self.last = min(wanted.stop - 1, steps) if wanted else 0
+        self.running = False
 
-@contextmanager
-def _traced(folder: Path, profile: range | None, step: int) -> Iterator[None]:
-    """Starts the profiler's trace at the first step of the range and ends it after the last."""
-    if profile and step == profile.start:
-        jax.profiler.start_trace(str(folder / "profile"))
-    yield
-    if profile and step == profile.stop - 1:
-        jax.profiler.stop_trace()
+    def before(self, step: int) -> None:
+        if self.first <= step <= self.last and not self.running:
+            jax.profiler.start_trace(str(self.folder))
+            self.running = True
+
+    def after(self, step: int, found: Any) -> None:
+        if self.running and step == self.last:
+            jax.block_until_ready(found)  # dispatched is not done
+            self.stop()
+
+    def stop(self) -> None:
+        if self.running:
+            jax.profiler.stop_trace()
+            self.running = False

@@ -45,7 +45,7 @@ def test_restart_keeps_the_command(monkeypatch):
     called = []
     monkeypatch.setattr(allocator, "wanted", lambda variables: True)
     monkeypatch.setattr(allocator.os, "execve", lambda *arguments: called.append(arguments))
-    monkeypatch.setattr(allocator.sys, "argv", ["embedjax", "train", "x.py"])
+    monkeypatch.setattr(allocator.sys, "orig_argv", ["python", "-X", "dev", "bin/embedjax", "train", "x.py"])
     allocator.restart()
     ((program, arguments, variables),) = called
-    assert arguments == [program, "-m", "embedjax", "train", "x.py"] and allocator.GUARD in variables
+    assert arguments == [program, "-X", "dev", "bin/embedjax", "train", "x.py"] and allocator.GUARD in variables

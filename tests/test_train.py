@@ -12,7 +12,7 @@ import pytest
 from embedjax import runs, sharding
 from embedjax.checkpoint import Checkpoints
 from embedjax.config import serialize
-from embedjax.config.errors import ConfigError, NonFiniteError, Saved, StorageError
+from embedjax.config.errors import ConfigError, DataError, NonFiniteError, Saved, StorageError
 from embedjax.evaluate.encode import encode
 from embedjax.load import load
 from embedjax.lock import hold
@@ -179,3 +179,47 @@ def test_a_run_does_not_need_the_folder_it_started_from_again(tiny_config, tmp_p
 def test_profile_writes_a_trace(tiny_config, tmp_path, use_devices):
     train(dataclasses.replace(tiny_config, steps=3), tmp_path / "run", profile=range(2, 3))
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_other_data_under_the_same_run_are_refused(tiny_config, tmp_path, pairs_file, use_devices):
+    config = dataclasses.replace(tiny_config, steps=1, evaluate=dataclasses.replace(tiny_config.evaluate, tasks=()))
+    train(config, tmp_path / "run")
+    pairs_file.write_text(pairs_file.read_text().replace("cat", "cow"))
+    with pytest.raises(ConfigError, match=r"data have changed .*pairs.tsv"):
+        train(config, tmp_path / "run")
+
+
+def test_a_start_that_failed_leaves_no_tokenizer_behind(tiny_config, tmp_path, pairs_file, use_devices):
+    config = dataclasses.replace(tiny_config, steps=1, evaluate=dataclasses.replace(tiny_config.evaluate, tasks=()))
+    few = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=128))
+    with pytest.raises(DataError, match="64 rows"):
+        train(few, tmp_path / "run")
+    pairs_file.write_text(pairs_file.read_text().replace("cat", "zebra"))
+    train(config, tmp_path / "run")
+    assert "zebra" in (tmp_path / "run" / "tokenizer" / "text" / "vocab.txt").read_text().split()
+
+
+def test_a_stop_at_an_evaluation_saves_first_and_evaluates_on_return(tiny_config, tmp_path, use_devices, monkeypatch):
+    config = dataclasses.replace(tiny_config, evaluate=dataclasses.replace(tiny_config.evaluate, every=4))
+    train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(Saved):
+            train(config, tmp_path / "parts")
+    assert runs.evaluations(tmp_path / "parts") == []
+    train(config, tmp_path / "parts")
+    assert [row["step"] for row in runs.evaluations(tmp_path / "parts")] == [4, 8, 10]
+    assert runs.evaluations(tmp_path / "parts") == runs.evaluations(tmp_path / "whole")
+
+
+def test_bfloat16_runs_pass_the_gate_and_accumulation_trains(tiny_config, tmp_path, use_devices):
+    tower = dataclasses.replace(tiny_config.model.towers["text"], compute="bfloat16")
+    config = dataclasses.replace(
+        tiny_config,
+        steps=3,
+        model=dataclasses.replace(tiny_config.model, towers={"text": tower}),
+        optim=dataclasses.replace(tiny_config.optim, accumulate=2),
+    )
+    result = train(config, tmp_path / "run")
+    assert json.loads((result.exported / "parity.json").read_text())["max_difference"] == 0
+    assert np.isfinite([row["loss"] for row in rows(result.folder)]).all()

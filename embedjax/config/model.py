@@ -45,6 +45,9 @@ class Transformer:
                 raise ConfigError(f"{type(self).__name__}.{name} is {getattr(self, name)}; it must be at least 1")
         if self.width % self.heads:
             raise ConfigError(f"{type(self).__name__}: width {self.width} is not divisible by heads {self.heads}")
+        for name in ("token_types", "relative_buckets", "global_every", "local_window"):
+            if getattr(self, name, 1) < 1:
+                raise ConfigError(f"{type(self).__name__}.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{type(self).__name__}.{name} is {getattr(self, name)}; it must be in [0, 1)")
@@ -131,6 +134,10 @@ class Dense:
     """Whether it adds a bias."""
     activation: Literal["tanh", "identity"] = "tanh"
     """Applied to the output."""
+
+    def __post_init__(self):
+        if self.features < 1:
+            raise ConfigError(f"Dense.features is {self.features}; it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

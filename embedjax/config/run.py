@@ -1,6 +1,7 @@
 """The whole experiment: model, data, optimiser, checkpoints, evaluation, export, mesh."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from embedjax.config.data import Data, File, Source
@@ -46,12 +47,14 @@ class Optim:
     """Parts the batch is split into, one gradient each, averaged. In-batch negatives then come from a part only."""
 
     def __post_init__(self):
-        if not self.learning_rate >= 0:
-            raise ConfigError(f"optim.learning_rate is {self.learning_rate}; it must be at least 0")
         if self.accumulate < 1:
             raise ConfigError(f"optim.accumulate is {self.accumulate}; it must be at least 1")
-        if not self.warmup >= 0:
-            raise ConfigError(f"optim.warmup is {self.warmup}; it must be at least 0")
+        for name in ("learning_rate", "warmup", "weight_decay", "clip_norm", "eps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"optim.{name} is {getattr(self, name)}; it must be at least 0 and finite")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optim.{name} is {getattr(self, name)}; it must be in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,9 @@ class Sts:
     limit: int = 0
     """At most so many rows; 0 for all."""
 
+    def __post_init__(self):
+        _check_limit(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class Retrieval:
@@ -103,8 +109,16 @@ class Retrieval:
     limit: int = 0
     """At most so many pairs; 0 for all."""
 
+    def __post_init__(self):
+        _check_limit(self)
+
 
 Task = Sts | Retrieval
+
+
+def _check_limit(task: Task) -> None:
+    if task.limit < 0:
+        raise ConfigError(f"the limit of task {task.name!r} is {task.limit}; it must be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +133,12 @@ class Evaluate:
     """Score the untrained model and BM25 too, and end with a table and three examples."""
     best: str = ""
     """Metric that chooses the best save, such as "sts/spearman"; empty for the first task's main metric."""
+
+    def __post_init__(self):
+        if self.every < 0:
+            raise ConfigError(f"evaluate.every is {self.every}; it must be at least 0")
+        if self.best and self.best.split("/")[0] not in [task.name for task in self.tasks]:
+            raise ConfigError(f"evaluate.best is {self.best!r}; no task has that name: {[task.name for task in self.tasks]}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,3 +185,7 @@ class Config:
         for name in ("steps", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must be at least 0")
+        if not self.name:
+            raise ConfigError("name is empty; it names the run folder")

@@ -20,17 +20,6 @@ class Display:
         self.bar: Progress | None = None
 
     def __enter__(self) -> Self:
-        if self.out.isatty():
-            parts = (
-                TextColumn(self.what),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-            )
-            self.bar = Progress(*parts, console=Console(file=self.out))
-            self.task = self.bar.add_task(self.what, total=None, rate="")
-            self.bar.start()
         return self
 
     def __exit__(self, *error) -> None:
@@ -41,6 +30,7 @@ class Display:
         now = time.monotonic()
         if self.first is None:
             self.first, self.started, self.told = done, now, now
+            self._open_bar()
         rate = (done - self.first) / max(now - self.started, 1e-9)
         if self.bar:
             self.bar.update(self.task, completed=done, total=total, rate=f"{rate:,.0f}/s" if done > self.first else "")
@@ -52,6 +42,15 @@ class Display:
                 file=self.out,
                 flush=True,
             )
+
+    def _open_bar(self) -> None:
+        """Only once there is something to tell: what was encoded before shows no bar."""
+        if self.out.isatty():
+            rate = TextColumn("{task.fields[rate]}")
+            parts = (TextColumn(self.what), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+            self.bar = Progress(*parts, console=Console(file=self.out))
+            self.task = self.bar.add_task(self.what, total=None, rate="")
+            self.bar.start()
 
 
 def duration(seconds: float) -> str:

@@ -34,7 +34,7 @@ def table(task: RetrievalData, evaluations: Sequence[Mapping[str, float]]) -> It
     untrained = [row for row in evaluations if row["step"] == 0]
     if evaluations:
         rows["trained"] = evaluations[-1]
-    if untrained:
+    if untrained and f"{task.name}/{SHOWN[0]}" in untrained[0]:  # not for a task that was added later
         rows["untrained"] = untrained[0]
     name, scores = best_bm25(task)
     rows[name] = scores

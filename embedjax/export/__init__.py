@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from embedjax.config import Tower
 from embedjax.config.errors import ConfigError, StorageError, nearest
 from embedjax.data.text import save_tokenizer
 from embedjax.export import card, gate
@@ -26,6 +27,7 @@ def export(
     texts: Sequence[str] = (),
     scores: Mapping[str, float] | None = None,
     replace: bool = False,
+    title: str = "",
 ) -> float:
     """Writes the model's tower as a folder and compares it with the model on at least 256 texts, among them `texts`.
 
@@ -33,6 +35,7 @@ def export(
     is put in place whole, after the gate. Returns the largest difference; raises CheckFailed above 1e-4, StorageError when the
     folder exists (unless `replace`), ConfigError for an unknown format or a model of several towers.
     """
+    folder = folder.absolute()
     if format not in FORMATS:
         raise ConfigError(f"unknown export format {format!r}; {nearest(format, FORMATS)}")
     if len(model.config.towers) != 1:
@@ -46,12 +49,19 @@ def export(
         model.texts[name].tokenizer, where, max_length=model.texts[name].max_length, source=model.tokenizers[name]
     )
     FORMATS[format](part, tower, params, write_tokenizer=write_tokenizer)
-    (part / "README.md").write_text(card.card(model, folder.name, scores))
-    difference = gate.write(_headless(model) if format == "hf" else model, part, texts)
+    shown = _headless(model) if format == "hf" else model
+    (part / "README.md").write_text(card.card(shown, title or folder.name, scores))
+    difference = gate.write(_exact(shown), part, texts)
     if folder.exists():
         shutil.rmtree(folder)
     part.rename(folder)
     return difference
+
+
+def _exact(model: Model) -> Model:
+    """The model computing in float32: the gate judges the weights written, not the type they were trained in."""
+    (name, tower) = next(iter(model.config.towers.items()))
+    return _with(model, name, dataclasses.replace(tower, compute="float32"))
 
 
 def _headless(model: Model) -> Model:
@@ -61,10 +71,10 @@ def _headless(model: Model) -> Model:
         tower, pooling="mean", dense=(), normalize=True, prompts={}, default_prompt=None, include_prompt=True
     )
     params[name] = {"encoder": params[name]["encoder"]}
-    return dataclasses.replace(
-        model,
-        config=dataclasses.replace(model.config, towers={name: plain}),
-        embedders={name: build_embedder(plain)},
-        params={"towers": params},
-        texts={name: dataclasses.replace(model.texts[name], prompts={}, default_prompt=None, include_prompt=True)},
-    )
+    texts = {name: dataclasses.replace(model.texts[name], prompts={}, default_prompt=None, include_prompt=True)}
+    return dataclasses.replace(_with(model, name, plain), params={"towers": params}, texts=texts)
+
+
+def _with(model: Model, name: str, tower: Tower) -> Model:
+    config = dataclasses.replace(model.config, towers={name: tower})
+    return dataclasses.replace(model, config=config, embedders={name: build_embedder(tower)})

@@ -15,7 +15,7 @@ tags: [sentence-transformers, sentence-similarity, feature-extraction, embedjax]
 
 # {title}
 
-Maps texts to vectors of {width} dimensions, {unit}. Trained with [embedjax](https://pypi.org/project/embedjax/).
+Maps texts to vectors of {width} dimensions, {unit}. Trained with embedjax.
 
 | | |
 |---|---|
@@ -29,7 +29,7 @@ Maps texts to vectors of {width} dimensions, {unit}. Trained with [embedjax](htt
 ```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("{title}")
+model = SentenceTransformer("path/to/{title}")
 vectors = model.encode(["a text", "another text"])
 print(model.similarity(vectors, vectors))
 ```
@@ -73,7 +73,7 @@ def _training(config: Config, step: Any) -> str:
     sets = "\n".join(_set(task) for task in config.data.sets)
     starts = {name: tower.init or "random weights" for name, tower in config.model.towers.items()}
     optim = serialize.to_json(config.optim)
-    rates = ", ".join(f"{k} {v}" for k, v in optim.items() if k != "type" and v not in ([], 1, ""))
+    rates = ", ".join(f"{k} {v}" for k, v in optim.items() if k != "type" and v not in ([], "") and (k, v) != ("accumulate", 1))
     return f"""## Training
 
 {sets}
@@ -86,6 +86,6 @@ def _training(config: Config, step: Any) -> str:
 
 def _set(task: Set) -> str:
     loss = {k: v for k, v in serialize.to_json(task.loss).items() if k != "type"}
-    source = {k: v for k, v in serialize.to_json(task.source).items() if v not in ("", [], 0)}
+    source = {k: v for k, v in serialize.to_json(task.source).items() if v not in ("", [])}
     read = f"* data `{task.name}`: `{json.dumps(source)}`, columns `{json.dumps(task.columns)}`"
     return f"{read}\n* loss: {type(task.loss).__name__} {loss}"

@@ -55,7 +55,8 @@ def multiple_negatives(
     the `masked`. Metrics: `top1`, the share of rows whose positive scores highest, and `positive`, its mean cosine.
     """
     b, c, d = candidates.shape
-    cosine_BN = normalize(anchor) @ normalize(candidates).reshape(b * c, d).T
+    # Accelerators multiply float32 in less by default; a score's error counts `scale` times.
+    cosine_BN = jnp.matmul(normalize(anchor), normalize(candidates).reshape(b * c, d).T, precision=jax.lax.Precision.HIGHEST)
     scores_BN = scale * cosine_BN
     if masked is not None:
         scores_BN = jnp.where(masked, -jnp.inf, scores_BN)

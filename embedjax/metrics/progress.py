@@ -1,6 +1,7 @@
 """What a person sees of a training run: the status line, and the rows of metrics behind it."""
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -45,7 +46,8 @@ class Status:
     def show(self, text: str) -> None:
         self.shown = time.monotonic()
         if self.live:
-            self.stream.write(f"\r\x1b[K{text}")
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be rewritten
+            self.stream.write(f"\r\x1b[K{text[:width]}")
             self.dirty = True
         else:
             self.stream.write(text + "\n")
@@ -99,18 +101,17 @@ class Progress:
         yield
         self.waiting_seconds = time.perf_counter() - before
 
-    def first(self, shape: str) -> bool:
-        """Whether a step of this compiled shape comes for the first time; then its time says nothing of the pace."""
-        new = shape not in self.seen
-        self.seen.add(shape)
-        return new
+    def is_new(self, shape: str) -> bool:
+        """Whether no step of this compiled shape was read: its first compiles, so its time says nothing of the pace."""
+        return shape not in self.seen
 
     def read(self, step: int, shape: str, flops: float, found: Mapping[str, jax.Array]) -> None:
         """Waits for the metrics of a dispatched step and tells them. Raises NonFiniteError after three bad steps in a row."""
         row = {"step": step, **{key: float(value) for key, value in jax.device_get(dict(found)).items()}}
         row |= {"skipped": int(row["skipped"])}
         bad = int(row.pop("in_a_row"))
-        if self.first(shape):
+        if self.is_new(shape):
+            self.seen.add(shape)
             self.pace.restart()
         else:
             before = self.pace.last
@@ -136,4 +137,4 @@ class Progress:
     def summary(self) -> str:
         """One line on the whole run."""
         rate = self.pairs * self.counted / self.busy if self.busy else 0.0
-        return f"trained {self.steps - self.start} steps, {rate:.0f} pairs/s, {len(self.seen)} compiled shapes"
+        return f"trained {self.steps - self.start} steps, {rate:.0f} pairs/s"

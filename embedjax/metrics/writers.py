@@ -2,7 +2,8 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,18 +19,19 @@ class Writer:
     def __init__(self, folder: Path, extra: Iterable[str] = (), start: int = 0, name: str = ""):
         self.jsonl, self.csv = folder / "metrics.jsonl", folder / "metrics.csv"
         rows = [row for row in read_rows(self.jsonl) if row["step"] <= start]
-        self.jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        part = self.jsonl.with_suffix(".partial")
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        part.replace(self.jsonl)
         self.fields = list(rows[0]) if rows else []
         self.csv.unlink(missing_ok=True)
-        for row in rows:
-            self._csv_row(row)
+        self._csv_rows(rows)
         self.others = [OTHERS[kind](folder, name) for kind in extra]
 
     def write(self, row: Mapping[str, float]) -> None:
         with self.jsonl.open("a") as file:
             file.write(json.dumps(dict(row)) + "\n")
         self.fields = self.fields or list(row)
-        self._csv_row(row)
+        self._csv_rows([row])
         self.scalars(int(row["step"]), {key: value for key, value in row.items() if key != "step"})
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -42,13 +44,15 @@ class Writer:
         for other in self.others:
             other.close()
 
-    def _csv_row(self, row: Mapping[str, float]) -> None:
+    def _csv_rows(self, rows: Sequence[Mapping[str, float]]) -> None:
+        if not rows:
+            return
         new = not self.csv.exists()
         with self.csv.open("a", newline="") as file:
             writer = csv.DictWriter(file, self.fields, extrasaction="ignore")
             if new:
                 writer.writeheader()
-            writer.writerow(dict(row))
+            writer.writerows(dict(row) for row in rows)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -85,7 +89,10 @@ def _wandb(folder: Path, name: str) -> Other:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError("writers has 'wandb': install it with pip install 'embedjax[wandb]'") from error
-    run = wandb.init(project="embedjax", name=name, dir=str(folder), id=name.replace("/", "-"), resume="allow")
+    file = folder / "wandb_id"  # a run that goes on is the same run there; another folder is another run
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex)
+    run = wandb.init(project="embedjax", name=name, dir=str(folder), id=file.read_text(), resume="allow")
     return Other(lambda step, values: run.log(dict(values), step=step), run.finish)
 
 

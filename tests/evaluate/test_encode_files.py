@@ -1,5 +1,6 @@
 """Encoding files: formats, resuming after an interruption, bounded memory, and rows that are no text."""
 
+import io
 import json
 
 import numpy as np
@@ -138,6 +139,17 @@ def test_wrong_arguments(model, tmp_path):
         encode_file(model, source, tmp_path / "output.npy", column="aa")
     with pytest.raises(DataError):
         encode_file(model, tmp_path / "absent.txt", tmp_path / "output.npy")
+
+
+def test_progress_on_a_terminal():
+    out = io.StringIO()
+    out.isatty = lambda: True
+    with Display("encode", out):
+        assert out.getvalue() == "", "no bar before there is something to tell"
+    with Display("encode", out) as display:
+        display(10, 100)
+        display(100, 100)
+    assert "100/100" in out.getvalue()
 
 
 def test_progress_in_plain_lines(capsys):
