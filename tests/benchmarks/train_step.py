@@ -53,41 +53,36 @@ def token_ids(length: int) -> np.ndarray:
 
 
 def embedjax_step(case: Case) -> Callable[[], float]:
-    """A step of ours that returns its loss."""
+    """The trainer's own jitted step, that returns its loss."""
     import dataclasses
 
     import jax
-    import jax.numpy as jnp
-    import optax
 
-    from embedjax.losses.contrastive import multiple_negatives
+    from embedjax import config, objective, optim, sharding, step
     from embedjax.models.embedder import build_embedder
     from embedjax.models.folders import read_params, read_tower
 
     tower = dataclasses.replace(read_tower(minilm()), compute=case.compute)
-    embedder, params, optimizer = build_embedder(tower), read_params(minilm(), tower), optax.adamw(RATE)
-    ids = jnp.asarray(token_ids(case.length))
-    column = {"ids": ids, "mask": jnp.ones(ids.shape, bool)}
-
-    def loss(params, key):
-        pooled = embedder.apply(params, column, key=key).pooled
-        return multiple_negatives(pooled[:, 0], pooled[:, 1:], SCALE)[0]
-
-    def step(state, count):
-        params, moments = state
-        value, gradient = jax.value_and_grad(loss)(params, count)
-        updates, moments = optimizer.update(gradient, moments, params)
-        return (optax.apply_updates(params, updates), moments), value
-
-    jitted, count = jax.jit(step, donate_argnums=0), 0
-    params = jax.tree.map(jnp.array, params)
-    state = params, optimizer.init(params)
+    model, embedders = config.Model({"text": tower}), {"text": build_embedder(tower)}
+    loss = config.MultipleNegatives(scale=SCALE, mask_duplicates=False)
+    task = config.Set(columns={"anchor": "a", "positive": "b"}, loss=loss)
+    params = jax.tree.map(jax.numpy.asarray, {"towers": {"text": read_params(minilm(), tower)}})
+    tx, schedule = optim.make(config.Optim(learning_rate=RATE, clip_norm=0.0), 1000, params)
+    state = step.init_state(params, tx)
+    mesh = sharding.make_mesh(config.Mesh())
+    shardings = sharding.shardings(jax.eval_shape(lambda: state), mesh)
+    made = step.make(step.plain(objective.make(task, model, embedders)), tx, schedule, seed=0)
+    jitted = step.jitted(made, shardings)
+    ids, mask = token_ids(case.length), np.ones((PAIRS, case.length), bool)
+    text = lambda n: {"ids": ids[:, n], "mask": mask}
+    columns = {"anchor": text(0), "positive": text(1), "row": np.arange(PAIRS, dtype=np.int32)}
+    columns = sharding.place(columns, mesh)
+    state = jax.device_put(state, shardings)
 
     def run() -> float:
-        nonlocal state, count
-        state, value = jitted(state, jnp.uint32(count))
-        count += 1
-        return float(value)
+        nonlocal state
+        state, metrics = jitted(state, {}, columns)
+        return float(metrics["loss"])
 
     return run
 
@@ -97,7 +92,8 @@ def torch_step(case: Case) -> Callable[[], float]:
     import contextlib
 
     import torch
-    from sentence_transformers import SentenceTransformer, losses
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import losses
 
     torch.set_num_threads(os.cpu_count() or 1)
     model = SentenceTransformer(str(minilm()), device="cpu", model_kwargs={"attn_implementation": "sdpa"})
