@@ -24,18 +24,18 @@ from embedjax.config import (
 def config() -> Config:
     return Config(
         name="quickstart",
-        steps=330,
+        steps=110,
         model=Model(
             towers={
                 "text": Tower(
-                    arch=Bert(vocab_size=8192, width=128, depth=2, heads=4, mlp=512, positions=64, dropout=0.0),
+                    arch=Bert(vocab_size=8192, width=256, depth=1, heads=4, mlp=512, positions=64),
                     tokenizer="wordpiece",
                     max_length=64,
                 )
             }
         ),
         data=Data(
-            batch_size=256,
+            batch_size=128,
             buckets=((24, 64),),
             sets=(
                 Set(

@@ -70,5 +70,5 @@ def test_projections_are_applied_in_order():
     assert jax.tree.map(jnp.shape, params) == {"0": {"kernel": (4, 3), "bias": (3,)}, "1": {"kernel": (3, 2)}}
     assert 0.3 < np.abs(params["0"]["kernel"]).max() <= 0.5
     x = TOKENS[:, 0]
-    expected = np.tanh(x @ params["0"]["kernel"] + params["0"]["bias"]) @ params["1"]["kernel"]
+    expected = np.tanh(x @ params["0"]["kernel"] + params["0"]["bias"][None]) @ params["1"]["kernel"]
     np.testing.assert_allclose(heads.project(params, x, specs), expected, rtol=1e-5, atol=1e-6)
