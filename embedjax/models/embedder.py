@@ -78,7 +78,8 @@ class Embedder:
         lead, texts = ids.shape[:-1], math.prod(ids.shape[:-1])
         flat = {name: column[name].reshape(texts, ids.shape[-1]) for name in ("ids", "mask", "pool") if name in column}
         row_N = jnp.arange(texts) if row is None else _spread(row, texts // ids.shape[0])
-        tokens, each = self.tower.apply(
+        tower: Any = self.tower  # Linen's apply is typed for every kind of module at once
+        tokens, each = tower.apply(
             {"params": params["encoder"]}, flat["ids"], flat["mask"], row_B=row_N, key=key, want_layers="layers" in want
         )
         pooled = self._head(params, tokens, flat).reshape(*lead, self.width) if "pooled" in want else None

@@ -175,18 +175,18 @@ def stack(
     into what the block sees. The tower's fields say how: `remat` recomputes layers in the backward pass; `layers` scans
     (compiles one layer) or unrolls (compiles all; a sixth faster on a CPU, where "auto" does it). The numbers are the same.
     """
-    depth = jax.tree.leaves(per_layer)[0].shape[0]
+    depth, each = jax.tree.leaves(per_layer)[0].shape[0], None
 
     def init(rng):
         first = view(jax.tree.map(lambda a: a[0], per_layer))
         return jax.vmap(lambda r: block.init(r, x_BLD, first)["params"])(jax.random.split(rng, depth))
 
-    def layer(x, slices):
+    def layer(x: Array, slices: PyTree) -> Any:
         params, inputs = slices
         return block.apply({"params": params}, x, view(inputs))
 
     layer = jax.checkpoint(layer) if tower.remat else layer
-    stacked, each = (tower.param("blocks", init), per_layer), None
+    stacked = tower.param("blocks", init), per_layer
     if tower.layers == "unroll" or (tower.layers == "auto" and on_cpu()):
         outputs = []
         for slices in unstack(stacked):

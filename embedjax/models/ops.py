@@ -3,15 +3,42 @@
 Pure functions of arrays, without parameters of their own; axis letters as in `layers.py`.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int, UInt32
 
+GOLDEN = np.uint32(0x9E3779B1)  # 2^32 / golden ratio: consecutive multiples of it lie far apart
+
+
+@jax.custom_vjp
+def gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """x Phi(x), Phi the normal distribution function (Hendrycks & Gimpel 2016), by the error function.
+
+    Value and gradient cost half of what jax.nn.gelu's do on a CPU: that takes erfc, which is dearer, and differentiates it.
+    """
+    return (x * (0.5 + 0.5 * jax.lax.erf(x.astype(jnp.float32) * math.sqrt(0.5)))).astype(x.dtype)
+
+
+def _gelu_fwd(x):
+    y = gelu(x)
+    return y, (x, y)
+
+
+def _gelu_bwd(residuals, g):
+    x, y = (r.astype(jnp.float32) for r in residuals)
+    phi = jnp.where(x == 0, 0.5, y / x)
+    return ((g * (phi + x * jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi))).astype(g.dtype),)
+
+
+gelu.defvjp(_gelu_fwd, _gelu_bwd)
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
@@ -87,42 +114,36 @@ def mix(x: UInt32[Array, "*n"]) -> UInt32[Array, "*n"]:
 
 def token_seeds(key: UInt32[Array, ""], row_B: Int[Array, "B"], length: int) -> UInt32[Array, "B L"]:
     """One dropout seed a token, of key, global row and position alone: masks depend neither on chunks nor on devices."""
-    seed_B = mix(mix(row_B.astype(jnp.uint32) + jnp.uint32(0x9E3779B9)) ^ key)
-    return jax.lax.optimization_barrier(
-        mix(seed_B[:, None] + jnp.uint32(0x9E3779B1) * jnp.arange(1, length + 1, dtype=jnp.uint32)[None])
-    )
+    seed_B = mix(row_B.astype(jnp.uint32) ^ mix(key + GOLDEN))
+    return mix(seed_B[:, None] + GOLDEN * jnp.arange(1, length + 1, dtype=jnp.uint32)[None])
 
 
 def layer_seeds(seed_BL: UInt32[Array, "B L"] | None, layer: Int[Array, ""]) -> UInt32[Array, "B L"] | None:
     """The seeds of one layer, from those of the tokens."""
     if seed_BL is None:
         return None
-    return jax.lax.optimization_barrier(mix(seed_BL ^ mix(jnp.uint32(0x2545F491) + layer.astype(jnp.uint32))))
+    return mix(seed_BL ^ mix(jnp.uint32(0x2545F491) + layer.astype(jnp.uint32)))
 
 
 def dropout(x: Float[Array, "*n D"], rate: float, seed: UInt32[Array, "*n"] | None, site: int) -> Float[Array, "*n D"]:
-    """Zero a share `rate` of each token's elements, scale up the rest. `site` tells apart the places that drop in a layer."""
+    """Zero a share `rate` of each token's elements, scale up the rest. `site`, 1 to 15, tells the places in a layer apart."""
     if seed is None or rate == 0:
         return x
     feature = jnp.arange(x.shape[-1], dtype=jnp.uint32).reshape((1,) * (x.ndim - 1) + (-1,))
-    return _keep(
-        x,
-        jax.lax.optimization_barrier(mix(seed + jnp.uint32(site * 0x3C6EF372 & 0xFFFFFFFF)))[..., None]
-        + feature * jnp.uint32(0x9E3779B1),
-        rate,
-    )
+    return _keep(x, seed[..., None], np.uint32(site << 28) + feature, rate)
 
 
 def _drop_scores(p_BHLL, rate, seed_BL):
-    """As dropout; the features of a query token are (head, key position), numbered without regard to the padded length."""
-    B, H, L, _ = p_BHLL.shape
+    """As dropout, site 0; a query token's features are (head, key position), numbered without regard to the padded length."""
+    _, H, L, _ = p_BHLL.shape
     head = jnp.arange(H, dtype=jnp.uint32)[None, :, None, None] * jnp.uint32(1 << 16)
     feature = head + jnp.arange(L, dtype=jnp.uint32)[None, None, None, :]
-    return _keep(p_BHLL, jax.lax.optimization_barrier(mix(seed_BL))[:, None, :, None] + feature * jnp.uint32(0x9E3779B1), rate)
+    return _keep(p_BHLL, seed_BL[:, None, :, None], feature, rate)
 
 
-def _keep(x, counter, rate):
-    return jnp.where(mix(counter) >= jnp.uint32(int(rate * 2**32)), x / (1 - rate), jnp.zeros((), x.dtype))
+def _keep(x, seed, feature, rate):
+    """A token's features walk the Weyl sequence from its seed; the mixer makes bits of it (splitmix, Steele et al. 2014)."""
+    return jnp.where(mix(seed + feature * GOLDEN) >= jnp.uint32(int(rate * 2**32)), x / (1 - rate), jnp.zeros((), x.dtype))
 
 
 # ---- attention
@@ -139,12 +160,15 @@ def attend(
     compute: str,
 ) -> Float[Array, "B H L K"]:
     """softmax(q k' / sqrt(K) + bias) v, probabilities dropped at `rate`; scores and softmax in float32."""
-    dtype = jnp.dtype(compute)
+    dropped, dtype = seed is not None and rate > 0, jnp.dtype(compute)
+    if not dropped and not on_cpu():
+        heads_last = (a.astype(dtype).swapaxes(1, 2) for a in (q, k, v))
+        return jax.nn.dot_product_attention(*heads_last, bias=bias).swapaxes(1, 2).astype(q.dtype)
     q = q * q.dtype.type(q.shape[-1] ** -0.5)
+    # Heads are a batch axis: up to three times faster on a CPU than products over [B L H K].
     s_BHLL = jnp.einsum("bhqd,bhkd->bhqk", q.astype(dtype), k.astype(dtype), preferred_element_type=jnp.float32)
     p_BHLL = jax.nn.softmax(s_BHLL + bias, axis=-1)
-    if seed is not None and rate > 0:
-        p_BHLL = _drop_scores(p_BHLL, rate, seed)
+    p_BHLL = _drop_scores(p_BHLL, rate, seed) if dropped else p_BHLL
     return jnp.einsum("bhqk,bhkd->bhqd", p_BHLL.astype(dtype), v.astype(dtype), preferred_element_type=q.dtype)
 
 

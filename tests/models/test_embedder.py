@@ -21,6 +21,14 @@ COLUMN = {"ids": RNG.integers(1, 50, MASK.shape).astype(np.int32), "mask": MASK}
 KEY = jnp.uint32(5)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """These programs run once each and take longer to optimise than to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def pick(column, rows):
     return {name: leaf[rows] for name, leaf in column.items()}
 

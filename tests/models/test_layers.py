@@ -10,12 +10,20 @@ from embedjax.config.errors import ConfigError
 from embedjax.models import layers, ops
 from embedjax.models.families import family_of
 
-SMALL = Bert(vocab_size=50, width=16, depth=3, heads=4, mlp=24, positions=20, dropout=0.2, attention_dropout=0.2, init_std=0.2)
-PRE_NORM = ModernBert(vocab_size=50, width=16, depth=3, heads=4, mlp=24, positions=20, local_window=4, dropout=0.2, pad_id=0)
+SMALL = Bert(vocab_size=50, width=16, depth=2, heads=4, mlp=24, positions=20, dropout=0.2, attention_dropout=0.2, init_std=0.2)
+PRE_NORM = ModernBert(vocab_size=50, width=16, depth=2, heads=4, mlp=24, positions=20, local_window=4, dropout=0.2, pad_id=0)
 IDS = np.random.default_rng(0).integers(1, 50, (4, 6)).astype(np.int32)
 MASK = np.arange(6)[None] < np.array([6, 3, 1, 5])[:, None]
 WEIGHT = np.random.default_rng(1).normal(size=(4, 6, 16)).astype(np.float32)
 KEY = jnp.uint32(7)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """These programs run once each and take longer to optimise than to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def tower_of(arch, **how):
@@ -42,9 +50,8 @@ def close(a, b, tolerance=1e-4):
 def test_scanned_unrolled_and_recomputed_layers_are_the_same(arch):
     params = params_of(arch)
     plain = value_and_grad(arch, params, layers="unroll")
-    assert plain[0] != value_and_grad(arch, params, layers="unroll", key=None)[0]  # dropout is on
-    for how in ({"layers": "scan"}, {"layers": "scan", "remat": True}, {"layers": "unroll", "remat": True}):
-        close(plain, value_and_grad(arch, params, **how))
+    close(plain, value_and_grad(arch, params, layers="scan"))
+    close(plain, value_and_grad(arch, params, layers="scan", remat=True))
 
 
 def test_every_layer_is_returned():
@@ -52,7 +59,7 @@ def test_every_layer_is_returned():
     outputs = [tower_of(SMALL, layers=how).apply({"params": params}, IDS, MASK, want_layers=True) for how in ("scan", "unroll")]
     close(*outputs)
     (last, each), _ = outputs
-    assert each.shape == (3, 4, 6, 16)
+    assert each.shape == (2, 4, 6, 16)
     close(each[-1], last, 0)
     assert np.abs(each[0] - each[1]).max() > 0.01
 
@@ -80,7 +87,7 @@ def test_roberta_counts_positions_from_after_the_padding_id():
 
 def test_bfloat16_is_close_to_float32():
     params = params_of(SMALL)
-    exact, rough = (value_and_grad(SMALL, params, compute=compute)[1] for compute in ("float32", "bfloat16"))
+    exact, rough = (value_and_grad(SMALL, params, compute=compute, layers="scan")[1] for compute in ("float32", "bfloat16"))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(rough))
     flatten = lambda tree: np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
     difference = np.linalg.norm(flatten(rough) - flatten(exact)) / np.linalg.norm(flatten(exact))
