@@ -31,7 +31,7 @@ def tower_of(arch, **how):
 
 
 def params_of(arch):
-    return tower_of(arch).init(jax.random.key(0), IDS, MASK)["params"]
+    return jax.jit(tower_of(arch, layers="scan").init)(jax.random.key(0), IDS, MASK)["params"]
 
 
 def value_and_grad(arch, params, mask=MASK, key=KEY, **how):
@@ -74,10 +74,10 @@ def test_auto_unrolls_on_a_cpu():
 
 def test_text_longer_than_the_position_table_is_refused():
     ids = np.ones((1, 19), np.int32)
-    tower_of(SMALL).init(jax.random.key(0), ids, ids == 1)
+    jax.eval_shape(tower_of(SMALL).init, jax.random.key(0), ids, ids == 1)
     arch = Roberta(vocab_size=50, width=16, depth=1, heads=4, mlp=24, positions=20)
     with pytest.raises(ConfigError, match=r"19 tokens.* 18 positions"):
-        tower_of(arch).init(jax.random.key(0), ids, ids == 1)
+        jax.eval_shape(tower_of(arch).init, jax.random.key(0), ids, ids == 1)
 
 
 def test_roberta_counts_positions_from_after_the_padding_id():
@@ -198,8 +198,8 @@ def test_attention_with_dropout_has_the_gradient_of_its_value():
     q, k, v, g = (jnp.asarray(rng.normal(size=(2, 2, 5, 4)), jnp.float32) for _ in range(4))
     bias = jnp.asarray(rng.normal(size=(2, 1, 1, 5)), jnp.float32)
     seed = ops.token_seeds(KEY, jnp.arange(2), 5)
-    f = lambda q, k, v, bias: (ops.attend(q, k, v, bias, rate=0.4, seed=seed, compute="float32") * g).sum()
-    gradients = jax.grad(f, (0, 1, 2, 3))(q, k, v, bias)
+    f = jax.jit(lambda q, k, v, bias: (ops.attend(q, k, v, bias, rate=0.4, seed=seed, compute="float32") * g).sum())
+    gradients = jax.jit(jax.grad(f, (0, 1, 2, 3)))(q, k, v, bias)
     for place, gradient in enumerate(gradients):
         args = [q, k, v, bias]
         direction = jnp.asarray(rng.normal(size=args[place].shape), jnp.float32)
