@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import os
 import random
 import resource
 import signal
@@ -421,7 +422,10 @@ def test_two_processes_save_and_one_restores(tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     command = [sys.executable, "-c", PEER, str(tmp_path), port]
-    peers = [subprocess.Popen([*command, i], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in "01"]
+    # Without the cache of compiled programs: a peer that finds one and a peer that compiles wait for each other.
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    peers = [subprocess.Popen([*command, i], **pipes) for i in "01"]
     outputs = [peer.communicate(timeout=240) for peer in peers]
     assert all("peer done" in out for out, _ in outputs), outputs
     assert {file.name for file in (tmp_path / "4").glob("manifest*")} == {"manifest-0-of-2.json", "manifest-1-of-2.json"}
