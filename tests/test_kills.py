@@ -54,7 +54,7 @@ def state(folder):
 
 
 def test_twenty_kills_lose_nothing_but_the_save_in_flight(tmp_path, pairs_file):
-    steps, rng = 4000, random.Random(0)
+    steps, rng = 2000, random.Random(0)
     whole = start(tmp_path, pairs_file, tmp_path / "whole", steps)
     out = whole.communicate(timeout=600)[0]
     assert whole.returncode == 0, out
