@@ -3,7 +3,8 @@
     embedjax train configs/quickstart.py
 
 Data: the functions of the Python packages installed on this machine, docstring summary -> source without its docstring, split
-by package. Hardware: 2 CPU cores, about 2 minutes. Score: nDCG@10 0.48 among 1,000 held-out functions (untrained 0.11, BM25 0.64).
+by package. Hardware: 2 CPU cores, about 2 minutes. Score: nDCG@10 0.48 among 1,000 held-out functions (untrained 0.11,
+BM25 0.64).
 """
 
 from embedjax.config import (
