@@ -5,7 +5,6 @@ import pathlib
 
 import numpy as np
 import pytest
-from sentence_transformers import SentenceTransformer
 
 from embedjax import config as c
 from embedjax.data.sources import open_source
@@ -14,6 +13,7 @@ from embedjax.export import gate
 from embedjax.load import load
 from embedjax.train import train
 
+SentenceTransformer = pytest.importorskip("sentence_transformers").SentenceTransformer
 pytestmark = pytest.mark.reference
 
 
