@@ -154,6 +154,7 @@ class Checkpoints:
             raise error or StorageError(f"{self._folder}: another process could not save")
         if jax.process_index() == 0:
             self._prune()
+        _any(False)  # nobody looks at the shared folder before what goes is gone
 
     def close(self) -> None:
         """Waits, then frees Orbax's threads."""
