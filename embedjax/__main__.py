@@ -1,18 +1,19 @@
-"""The command line: train, evaluate, encode, search, export, doctor. Errors are one line and an exit code of the README."""
+"""The command line, from train to doctor. Errors are one line on standard error and an exit code of the README."""
 
 import dataclasses
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from embedjax import allocator
+from embedjax import allocator, supervise
 from embedjax.config import Bert, Config, Data, Evaluate, File, Model, Retrieval, Set, Sts, Tower
-from embedjax.config.errors import ConfigError, EmbedjaxError, nearest
+from embedjax.config.errors import CheckFailed, ConfigError, Elsewhere, EmbedjaxError, NonFiniteError, Saved, nearest
 
 USAGE = """usage: embedjax COMMAND ...
 
@@ -22,6 +23,8 @@ USAGE = """usage: embedjax COMMAND ...
   search MODEL --corpus FILE "query"                                       the texts nearest to a query
   export MODEL FOLDER [--format sentence-transformers|hf]                  write a folder that others load
   export FOLDER --check                                                    read it back and compare
+  plan CONFIG --topology v5e:16x16 [--search]                              memory, FLOPs, traffic and time on devices not here
+  launch local|slurm|tpu-vm|jobset-tpu|jobset-gpu|sky CONFIG [--dry-run]   start it there
   doctor [FOLDER ...]                                                      this machine, versions, allocator, folders
 
 MODEL is a run folder (newest save; RUN@best, RUN@500), an exported folder, a Hugging Face or sentence-transformers folder, or a
@@ -49,16 +52,7 @@ class Train:
 
 def train(arguments: Sequence[str]) -> None:
     """train CONFIG [options]"""
-    from embedjax.config.load import from_file
-
-    if not arguments or arguments[0].startswith("-"):
-        config, rest, shown = EXAMPLE, list(arguments), "CONFIG"
-        if not {"-h", "--help"} & set(rest):
-            raise ConfigError("train needs a config file: embedjax train CONFIG.py [--FIELD VALUE ...]")
-    else:
-        config, rest, shown = from_file(Path(arguments[0])), list(arguments[1:]), arguments[0]
-        if config.name == "run":
-            config = dataclasses.replace(config, name=Path(arguments[0]).stem)
+    config, rest, shown = _config_of("train", arguments)
     options = tyro.cli(
         Train, default=Train(config), args=rest, prog=f"embedjax train {shown}", config=(tyro.conf.AvoidSubcommands,)
     )
@@ -68,9 +62,36 @@ def train(arguments: Sequence[str]) -> None:
         for line in preview(options.config):
             print(line, flush=True)
         return
-    from embedjax.train import train as run
+    from embedjax import distributed
+
+    distributed.start(options.config.distributed)
+    _let_the_first_speak()
+    from embedjax.train import train as run  # not before: importing it touches the devices
 
     run(options.config, options.run_dir, fresh=options.fresh, profile=_steps(options.profile))
+
+
+def _config_of(command: str, arguments: Sequence[str]) -> tuple[Config, list[str], str]:
+    """(the config of the file named first, the rest of the arguments, the file); with --help alone, an example's."""
+    from embedjax.config.load import from_file
+
+    if not arguments or arguments[0].startswith("-"):
+        if not {"-h", "--help"} & set(arguments):
+            raise ConfigError(f"{command} needs a config file: embedjax {command} CONFIG.py [--FIELD VALUE ...]")
+        return EXAMPLE, list(arguments), "CONFIG"
+    config = from_file(Path(arguments[0]))
+    if config.name == "run":
+        config = dataclasses.replace(config, name=Path(arguments[0]).stem)
+    return config, list(arguments[1:]), arguments[0]
+
+
+def _let_the_first_speak() -> None:
+    """The other processes of a run log what is their own alone, and say whose it is."""
+    if process := supervise.facts.get("process"):
+        logging.getLogger().setLevel(logging.ERROR)
+        logging.getLogger("embedjax").setLevel(logging.WARNING)
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(logging.Formatter(f"process {process}: %(message)s"))
 
 
 def _steps(text: str) -> range | None:
@@ -264,6 +285,58 @@ def export(arguments: Sequence[str]) -> None:
     print(f"exported {folder} (largest difference {difference:.1e})")
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Compiles an experiment's training step for devices that are not here: does it fit, how long will it take?"""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    topology: str = ""
+    """Which devices: v5e:16x16, v6e:8x8, v6e:16x16*2 (two slices), v5p:4x4x4, h100:64, h200:8, a100:8, b200:8 or cpu:8."""
+    search: bool = False
+    """Find the largest batch that fits."""
+    memory: float = 0
+    """GiB a device has; 0 for the chip's own."""
+    tries: int = 8
+    """When it does not fit: at most so many changes are tried."""
+    json: Path | None = None
+    """Write the numbers to this file too."""
+
+
+def plan(arguments: Sequence[str]) -> None:
+    """plan CONFIG --topology TOPOLOGY"""
+    import json
+
+    config, rest, shown = _config_of("plan", arguments)
+    options = tyro.cli(
+        Plan, default=Plan(config), args=rest, prog=f"embedjax plan {shown}", config=(tyro.conf.AvoidSubcommands,)
+    )
+    from embedjax.plan import ahead, table
+
+    say = lambda line: print(line, file=sys.stderr, flush=True)
+    found = ahead.plan(
+        options.config,
+        options.topology,
+        search=options.search,
+        memory=options.memory or None,
+        tries=options.tries,
+        progress=say,
+    )
+    for line in table.lines(found):
+        print(line)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if not ahead.fits(found):
+        raise CheckFailed(f"it does not fit on {options.topology}")
+
+
+def launch(arguments: Sequence[str]) -> None:
+    """launch TARGET CONFIG [--with NAME=VALUE ...] [--dry-run] [what train takes]"""
+    from embedjax import launch as launcher
+
+    if code := launcher.main(arguments):
+        sys.exit(code)
+
+
 def doctor(arguments: Sequence[str]) -> None:
     """doctor [FOLDER ...]"""
 
@@ -288,6 +361,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "encode": encode,
     "search": search,
     "export": export,
+    "plan": plan,
+    "launch": launch,
     "doctor": doctor,
 }
 
@@ -302,7 +377,8 @@ def run(arguments: Sequence[str]) -> int:
             raise ConfigError(f"unknown command {arguments[0]!r}; {nearest(arguments[0], COMMANDS)}")
         COMMANDS[arguments[0]](arguments[1:])
     except EmbedjaxError as error:
-        return _fail(str(error), error.code)
+        shared = isinstance(error, Saved | NonFiniteError) and supervise.facts.get("process")  # the first one tells
+        return error.code if shared or isinstance(error, Elsewhere) else _fail(str(error), error.code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -312,6 +388,10 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except Exception as error:
+        if "count" in supervise.facts and "RESOURCE_EXHAUSTED" not in str(error):
+            traceback.print_exc()
+            supervise.report("failed", 1)  # the parent has the last word: jax may be about to end this process, loudly
+            return supervise.LOST
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = next(line for line in str(error).splitlines() if "RESOURCE_EXHAUSTED" in line)
@@ -322,18 +402,27 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
+    who = f"process {process} of {supervise.facts['count']}: " if (process := supervise.facts.get("process")) else ""
     sys.stdout.flush()
-    print(f"embedjax: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"embedjax: {who}{' '.join(message.split())}", file=sys.stderr, flush=True)
     return code
 
 
 def main() -> None:
     """The command `embedjax`."""
     allocator.restart()
+    several = sys.argv[1:2] == ["train"] and supervise.several(os.environ)
+    if several:
+        supervise.split()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("embedjax").setLevel(logging.INFO)
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if several:
+        from embedjax import distributed
+
+        distributed.leave(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

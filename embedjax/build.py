@@ -5,14 +5,15 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
-from embedjax import objective, optim, sharding, step
+from embedjax import distributed, objective, optim, sharding, step
 from embedjax.config import Config, Tower
-from embedjax.config.errors import ConfigError
+from embedjax.config.errors import ConfigError, nearest
 from embedjax.data.batches import Batches
 from embedjax.data.sources import BadRow, open_source
 from embedjax.data.text import Texts, save_tokenizer, train_wordpiece
@@ -27,6 +28,16 @@ TOKENIZER_ROWS = 8_000
 TEXT_COLUMNS = {"anchor", "positive", "negative"}
 
 
+class Parts(NamedTuple):
+    """What of a run needs no data: embedders, optimiser, the shapes and places of state and constants, the steps by task."""
+
+    embedders: dict[str, Embedder]
+    tx: optax.GradientTransformation
+    abstract: step.TrainState
+    constants: dict
+    steps: dict[str, Callable]
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A resolved experiment, ready to train."""
@@ -39,6 +50,7 @@ class Run:
     embedders: dict[str, Embedder]
     init: Callable[[], tuple[step.TrainState, dict]]
     abstract: step.TrainState
+    constants: dict
     steps: dict[str, Callable]
 
 
@@ -48,10 +60,12 @@ def resolve(config: Config, known: Config | None = None) -> Config:
         raise ConfigError("model.towers is empty; name at least one tower")
     if not config.data.sets:
         raise ConfigError("data.sets is empty; name at least one data set")
-    if config.export.format != "none" and len(config.model.towers) > 1:
-        raise ConfigError(
-            f"export.format {config.export.format!r} holds one tower, the model has {len(config.model.towers)}; use none"
-        )
+    for column, name in config.model.columns.items():
+        if name not in config.model.towers:
+            raise ConfigError(f"model.columns gives {column!r} to tower {name!r}; {nearest(name, config.model.towers)}")
+    names = config.model.encoders
+    if config.export.format != "none" and len(names) > 1:
+        raise ConfigError(f"export.format {config.export.format!r} holds one tower, the model has {len(names)}; use none")
     stored = known.model.towers if known else {}
     towers = {name: resolve_tower(tower, stored.get(name)) for name, tower in config.model.towers.items()}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, towers=towers))
@@ -62,10 +76,19 @@ def build(config: Config, folder: Path) -> Run:
     mesh = sharding.make_mesh(config.mesh)
     _check_sizes(config, mesh)
     sources = {task.name: open_source(task.source) for task in config.data.sets}
-    texts = {name: _texts(config, name, tower, sources, folder) for name, tower in config.model.towers.items()}
-    batches = _batches(config, sources, texts, folder)
+    make_all = lambda: {name: _texts(config, name, tower, sources, folder) for name, tower in config.model.towers.items()}
+    texts = distributed.in_turn("making the tokenizers", make_all, config.distributed.meet)
+    batches = _batches(config, sources, texts, folder, mesh)
+    made = parts(config, mesh)
+    init = functools.partial(_init, config, made.embedders, made.tx, mesh)
+    return Run(config, mesh, sources, texts, batches, made.embedders, init, made.abstract, made.constants, made.steps)
+
+
+def parts(config: Config, mesh: jax.sharding.Mesh) -> Parts:
+    """What of a run needs no data, from a resolved config. The mesh may be of devices that are not here."""
+    _check_sizes(config, mesh)
     embedders = {name: build_embedder(tower) for name, tower in config.model.towers.items()}
-    objectives = {task.name: objective.make(task, config.model, embedders) for task in config.data.sets}
+    objectives = {task.name: objective.make(task, config.model, embedders, mesh) for task in config.data.sets}
     shapes = jax.eval_shape(functools.partial(_random_params, config, embedders))
     trained_shapes, frozen = optim.partition(shapes, config.optim.freeze)
     if "loss" in frozen:
@@ -73,19 +96,31 @@ def build(config: Config, folder: Path) -> Run:
     tx, schedule = optim.make(config.optim, config.steps, trained_shapes)
     abstract = jax.eval_shape(functools.partial(step.init_state, tx=tx), trained_shapes)
     shardings = sharding.shardings(abstract, mesh)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    constants = jax.tree.map(place, frozen, sharding.shardings(frozen, mesh))
     steps = {}
     for name, made in objectives.items():
-        gradient = step.plain(made) if config.optim.accumulate == 1 else step.accumulated(made, config.optim.accumulate)
-        steps[name] = step.jitted(step.make(gradient, tx, schedule, config.seed), shardings)
-    init = functools.partial(_init, config, embedders, tx, mesh)
-    return Run(config, mesh, sources, texts, batches, embedders, init, abstract, steps)
+        steps[name] = step.jitted(step.make(_gradient(config, made, mesh), tx, schedule, config.seed), shardings)
+    return Parts(embedders, tx, jax.tree.map(place, abstract, shardings), constants, steps)
+
+
+def _gradient(config: Config, made: objective.Objective, mesh: jax.sharding.Mesh) -> step.Gradient:
+    if config.optim.cached > 1:
+        return step.cached(made, config.optim.cached, mesh)
+    return step.plain(made) if config.optim.accumulate == 1 else step.accumulated(made, config.optim.accumulate)
 
 
 def _check_sizes(config: Config, mesh: jax.sharding.Mesh) -> None:
-    size, devices, parts = config.data.batch_size, mesh.size, config.optim.accumulate
-    if size % (devices * parts):
-        raise ConfigError(f"data.batch_size {size} is not divisible by {devices} devices x optim.accumulate {parts}")
+    size, devices = config.data.batch_size, math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    for name in ("accumulate", "cached"):
+        parts = getattr(config.optim, name)
+        if size % (devices * parts):
+            raise ConfigError(f"data.batch_size {size} is not divisible by {devices} devices x optim.{name} {parts}")
+    for name, tower in config.model.towers.items():
+        if tower.arch and tower.arch.heads % mesh.shape["tensor"]:
+            raise ConfigError(
+                f"mesh.tensor {mesh.shape['tensor']} does not divide the {tower.arch.heads} heads of tower {name!r}"
+            )
 
 
 def _random_params(config: Config, embedders: dict[str, Embedder]) -> dict:
@@ -115,10 +150,10 @@ def _init(config: Config, embedders, tx, mesh) -> tuple[step.TrainState, dict]:
 
 def _overlay(random: dict, read: dict) -> dict:
     """What the folder holds, and random values for what it does not (a new projection)."""
-    missing = {key: jax.tree.map(np.asarray, value) for key, value in random.items() if key not in read}
+    missing = {key: jax.tree.map(np.asarray, distributed.whole(value)) for key, value in random.items() if key not in read}
     for key, value in random.get("dense", {}).items():
         if key not in read.get("dense", {}):
-            missing.setdefault("dense", dict(read.get("dense", {})))[key] = jax.tree.map(np.asarray, value)
+            missing.setdefault("dense", dict(read.get("dense", {})))[key] = jax.tree.map(np.asarray, distributed.whole(value))
     return {**read, **missing}
 
 
@@ -157,9 +192,10 @@ def _training_text(config: Config, sources: dict) -> Iterator[str]:
             yield from (row[c] for c in task.columns.values() if isinstance(row.get(c), str))
 
 
-def _batches(config: Config, sources: dict, texts: dict[str, Texts], folder: Path) -> Batches:
+def _batches(config: Config, sources: dict, texts: dict[str, Texts], folder: Path, mesh: jax.sharding.Mesh) -> Batches:
     columns = {name.partition("_")[0] for task in config.data.sets for name in task.columns} & TEXT_COLUMNS
     towers = {column: config.model.tower_of(column) for column in columns}
+    part, parts = sharding.share(mesh)
     return Batches(
         config.data,
         [sources[task.name] for task in config.data.sets],
@@ -167,8 +203,8 @@ def _batches(config: Config, sources: dict, texts: dict[str, Texts], folder: Pat
         {column: config.model.towers[tower].prompt_for(column) for column, tower in towers.items()},
         seed=config.seed,
         steps=config.steps,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part,
+        process_count=parts,
         run_folder=folder,
     )
 
@@ -203,10 +239,11 @@ def summary(run: Run) -> str:
 
 def compiled(run: Run) -> Iterator[tuple[str, jax.stages.Compiled]]:
     """Each step of the run compiled ahead, not run: for its memory."""
-    whole = jax.eval_shape(functools.partial(_random_params, run.config, run.embedders))
-    _, frozen = optim.partition(whole, run.config.optim.freeze)
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    constants = jax.tree.map(place, frozen, sharding.shardings(frozen, run.mesh))
     for task, columns in run.batches.shapes():
-        batch = jax.tree.map(lambda x: place(x, sharding.rows(run.mesh)), columns)
-        yield shape_name(task, columns), run.steps[task].lower(run.abstract, constants, batch).compile()
+        batch = placed(columns, run.mesh)
+        yield shape_name(task, columns), run.steps[task].lower(run.abstract, run.constants, batch).compile()
+
+
+def placed(columns: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Any:
+    """The shapes of a global batch, with their place on the mesh."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.rows(mesh)), columns)

@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
-from jax.experimental import multihost_utils
 
-from embedjax.config.errors import StorageError
+from embedjax.config.errors import EmbedjaxError, StorageError
+from embedjax.distributed import gather
 from embedjax.sharding import path_of
 
 
@@ -50,13 +50,15 @@ class Checkpoints:
     """The saves of one run, in a folder made by the first of them.
 
     `keep` latest ones stay, and the one whose metric `best` is highest. One process (of each rank) writes at a time; any
-    number may read meanwhile. In a run of several processes all of them make each call, on a file system they share.
+    number may read meanwhile. In a run of several processes all of them make each call, on a file system they share, and wait
+    at most `limit` seconds for each other; an error of one is raised there, and Elsewhere on the others.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int = 2, best: str | None = None):
+    def __init__(self, folder: str | Path, *, keep: int = 2, best: str | None = None, limit: float = 1800):
         self._folder = Path(folder).absolute()
         self._keep = keep
         self._metric = best
+        self._limit = limit
         # Compressing weights saves 8 % of the bytes for 8 times the time, on cores that train.
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         logging.getLogger("absl").addFilter(_told_once)
@@ -68,6 +70,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        if error is not None and jax.process_count() > 1 and not isinstance(error, EmbedjaxError):
+            return  # not agreed on: the others do not come to wait for what is in flight
         try:
             self.close()
         except StorageError as second:
@@ -83,7 +87,7 @@ class Checkpoints:
         Metrics that are not finite are left out. Raises StorageError, also for what went wrong in the save before.
         """
         self.wait()
-        if _agreed(int(step in self.steps())):
+        if self._agreed("a save", int(step in self.steps())):
             return False
         flat = _flat(state)
         finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
@@ -150,11 +154,11 @@ class Checkpoints:
         self._thread.join()
         self._thread = None
         error, self._error = self._error, None
-        if _any(error is not None):
-            raise error or StorageError(f"{self._folder}: another process could not save")
+        gather("the end of a save", error=error, limit=self._limit)
         if jax.process_index() == 0:
             self._prune()
-        _any(False)  # nobody looks at the shared folder before what goes is gone
+        # Nobody looks at the shared folder before what goes is gone.
+        gather("the removal of old saves", limit=self._limit)
 
     def close(self) -> None:
         """Waits, then frees Orbax's threads."""
@@ -172,9 +176,8 @@ class Checkpoints:
                 folder.mkdir(parents=True)
                 (folder / "meta.json").write_text(json.dumps(dataclasses.asdict(record)))
             except OSError as found:
-                error = found
-        if _any(error is not None):
-            raise _failed(folder, error or "the first process could not make it") from error
+                error = _failed(folder, found)
+        gather("the start of a save", error=error, limit=self._limit)
         self._damaged.discard(record.step)
 
     def _finish(self, folder: Path) -> None:
@@ -184,6 +187,10 @@ class Checkpoints:
             _write_manifest(folder)
         except Exception as error:  # whatever it is, the next call must tell of it
             self._error = _failed(folder, error)
+
+    def _agreed(self, name: str, number: int) -> int:
+        """The first process's number, on all processes: each sees the shared folder at another moment."""
+        return int(gather(name, number, limit=self._limit)[0])
 
     def _folders(self) -> list[int]:
         if not self._folder.is_dir():
@@ -213,11 +220,11 @@ class Checkpoints:
         if step is not None:
             if step not in self.steps():
                 raise StorageError(f"{self._folder} holds no save of step {step}; saved: {self.steps() or 'none'}")
-            if problem := _damage(self._folder / str(step)):
+            if problem := _damage(self._folder / str(step), self._limit):
                 raise StorageError(f"step {step}: {problem}")
             return step
-        while (offered := _agreed(-1 if (chosen := choose()) is None else chosen)) >= 0:
-            problem = _damage(self._folder / str(offered))
+        while (offered := self._agreed("a restore", -1 if (chosen := choose()) is None else chosen)) >= 0:
+            problem = _damage(self._folder / str(offered), self._limit)
             if problem is None:
                 return offered
             logging.warning("step %d cannot be used, going back to another save: %s", offered, problem)
@@ -271,16 +278,6 @@ def _restore_args(x: Any) -> ocp.RestoreArgs:
     return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=x.shape, dtype=x.dtype)
 
 
-def _any(flag: bool) -> bool:
-    """Whether it holds on any process."""
-    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array([flag])).any())
-
-
-def _agreed(number: int) -> int:
-    """The first process's number, on all processes: each sees the shared folder at another moment."""
-    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
-
-
 def _complete(folder: Path) -> bool:
     found = [file.stem.split("-of-") for file in folder.glob("manifest-*-of-*.json")]
     return bool(found) and len(found) == int(found[0][1])
@@ -309,10 +306,10 @@ def _names(folder: Path) -> list[str]:
     return ["meta.json", *sorted(str(file.relative_to(folder)) for file in (folder / "state").rglob("*") if file.is_file())]
 
 
-def _damage(folder: Path) -> str | None:
+def _damage(folder: Path, limit: float = 1800) -> str | None:
     """What is wrong with a save, None if nothing: its files against its manifests, every nth read by each of n processes."""
     problem = next(_problems(folder), None)
-    if _any(problem is not None):
+    if gather("the check of a save", int(problem is not None), limit=limit).any():
         return problem or f"{folder}: another process found it damaged"
     return None
 

@@ -1,18 +1,29 @@
 """config -> the Objective of each data set: what is encoded, what is compared with, and the loss."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from embedjax.config import Loss, Model, MultipleNegatives, Set
+from embedjax.config import InBatch, Loss, Model, MultipleNegatives, Set, Siglip
 from embedjax.config.errors import ConfigError, nearest
-from embedjax.losses import contrastive
+from embedjax.losses import contrastive, streaming
+from embedjax.losses.compose import matryoshka
+from embedjax.losses.contrastive import Guide, Hashes, Pairs, Rule
 from embedjax.models.embedder import Embedder
+from embedjax.sharding import BATCH_AXES
 
-MAX_LOG_SCALE = math.log(100.0)
+MAX_SCALE = 100.0
+
+# Scores a device may hold at once: 16 MB of them a matrix. Below, one block is all there is and tiles save nothing; above,
+# each of the dense form's matrices leaves the cache, then the memory.
+DENSE_SCORES = 2**22
 
 
 class Objective(NamedTuple):
@@ -37,46 +48,148 @@ def combine(trained: Mapping, constant: Mapping) -> dict:
     return both
 
 
-def make(task: Set, model: Model, embedders: Mapping[str, Embedder]) -> Objective:
-    """The objective of one data set, by the type of its loss."""
-    return OBJECTIVES[type(task.loss)](task, model, embedders)
+def make(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: Mesh) -> Objective:
+    """The objective of one data set, by the type of its loss. Raises ConfigError for columns, prefixes or a guide that do not
+    fit."""
+    return OBJECTIVES[type(task.loss)](task, model, embedders, mesh)
 
 
 def loss_params(task: Set) -> dict[str, jax.Array]:
     """Initial values of what the loss itself trains."""
-    return {"scale": jnp.log(jnp.float32(task.loss.scale))} if task.loss.learn_scale else {}
+    found = {"scale": jnp.log(jnp.float32(task.loss.scale))} if task.loss.learn_scale else {}
+    if isinstance(task.loss, Siglip) and task.loss.learn_bias:
+        found["bias"] = jnp.float32(task.loss.bias)
+    return found
 
 
 def bound(params: dict) -> dict:
     """Parameters after an update, with a learned log-scale held in [0, ln 100] (Radford et al. 2021, section 2.5)."""
     if "scale" not in params.get("loss", {}):
         return params
-    return {**params, "loss": {**params["loss"], "scale": jnp.clip(params["loss"]["scale"], 0, MAX_LOG_SCALE)}}
+    scale = jnp.clip(params["loss"]["scale"], 0, math.log(MAX_SCALE))
+    return {**params, "loss": {**params["loss"], "scale": scale}}
 
 
-def _multiple_negatives(task: Set, model: Model, embedders: Mapping[str, Embedder]) -> Objective:
+def _in_batch(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: Mesh) -> Objective:
     loss = task.loss
     _require(task, {"anchor", "positive"}, {"negative"})
+    _require_prefixes(loss, model, embedders)
     encoder = _encoder(model, embedders)
+    guide = _guide(loss, model, embedders)
+    compare = _comparison(loss, mesh)
 
     def encode(params, constants, columns, key):
         towers = combine(params.get("towers", {}), constants.get("towers", {}))
         return encoder(towers, candidates(columns), columns["row"], key)
 
     def targets(constants, columns):
-        if not loss.mask_duplicates:
-            return None
-        hashes = columns["hash"]
-        parts = [hashes["positive"][:, None]] + ([hashes["negative"]] if "negative" in hashes else [])
-        return contrastive.Hashes(hashes["anchor"], jnp.concatenate(parts, 1))
+        hashes = None
+        if loss.mask_duplicates:
+            found = columns["hash"]
+            parts = [found["positive"][:, None]] + ([found["negative"]] if "negative" in found else [])
+            hashes = Hashes(found["anchor"], jnp.concatenate(parts, 1))
+        return hashes, guide(constants, columns)
 
-    def value(params, outputs, hashes):
-        scale = jnp.exp(params["loss"]["scale"]) if loss.learn_scale else loss.scale
-        masked = None if hashes is None else contrastive.false_negatives(hashes)
-        found, metrics = contrastive.multiple_negatives(outputs["anchor"], outputs["positive"], scale, masked)
-        return found, metrics | ({"scale": scale} if loss.learn_scale else {})
+    def value(params, outputs, targets):
+        learned = params.get("loss", {})
+        scale = jnp.exp(learned["scale"]) if loss.learn_scale else loss.scale
+        bias = 0.0
+        if isinstance(loss, Siglip):
+            bias = learned["bias"] if loss.learn_bias else loss.bias
+        found, metrics = compare(Pairs(outputs["anchor"], outputs["positive"], *targets), scale, bias)
+        metrics |= {"scale": scale} if loss.learn_scale else {}
+        return found, metrics | ({"bias": bias} if isinstance(loss, Siglip) and loss.learn_bias else {})
 
     return Objective(encode, targets, value)
+
+
+def _comparison(loss: InBatch, mesh: Mesh) -> Callable[..., contrastive.Loss]:
+    """`(pairs, scale, bias) -> (loss, metrics)` of the global batch, in the form the config or the size asks for."""
+    rule = _rule(loss)
+    dense = functools.partial(contrastive.loss, rule=rule)
+    if loss.matryoshka:
+        dense = matryoshka(dense, loss.matryoshka, loss.matryoshka_weights)
+    options = {
+        "bound": MAX_SCALE if loss.learn_scale else loss.scale,
+        "dims": loss.matryoshka,
+        "weights": loss.matryoshka_weights,
+        "tile": loss.tile,
+    }
+    forms = {
+        "dense": lambda pairs, scale, bias: dense(pairs, scale=scale, bias=bias),
+        "tiled": lambda pairs, scale, bias: streaming.loss(pairs, rule, scale, bias, **options),
+        "ring": lambda pairs, scale, bias: _ring(pairs, rule, scale, bias, mesh, options),
+    }
+
+    def compare(pairs: Pairs, scale, bias) -> contrastive.Loss:
+        form = loss.form if loss.form != "auto" else _form(pairs, mesh)
+        return forms[form](pairs, scale, bias)
+
+    return compare
+
+
+def _form(pairs: Pairs, mesh: Mesh) -> str:
+    """The form for a batch of this size: dense while a device's share of the scores is small."""
+    rows, count, _ = pairs.candidates.shape
+    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if rows * rows * count // devices <= DENSE_SCORES:
+        return "dense"
+    return "ring" if devices > 1 else "tiled"
+
+
+def _ring(pairs: Pairs, rule: Rule, scale, bias, mesh: Mesh, options: dict) -> contrastive.Loss:
+    """The tiled loss with every device's own rows, documents travelling round the batch axes."""
+
+    def local(pairs, scale, bias):
+        first = jax.lax.axis_index(BATCH_AXES) * pairs.anchor.shape[0]
+        return streaming.per_row(pairs, rule, scale, bias, axis=BATCH_AXES, first=first, **options)
+
+    # The bodies of the loops begin with plain zeros, which the check of varying axes refuses; nothing else would differ.
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(P(BATCH_AXES), P(), P()), out_specs=P(BATCH_AXES), check_vma=False)
+    value_B, cosine_B = sharded(pairs, *(jnp.asarray(x, jnp.result_type(x, jnp.float32)) for x in (scale, bias)))
+    return value_B.mean(), {"positive": cosine_B.mean()}
+
+
+def _rule(loss: InBatch) -> Rule:
+    criterion, hardness, strength = "sigmoid", "none", 0.0
+    if isinstance(loss, MultipleNegatives):
+        criterion, hardness, strength = loss.criterion, loss.hardness, loss.hardness_strength
+    return Rule(criterion, hardness, strength, loss.guide_margin, loss.guide_margin_kind)
+
+
+def _guide(loss: InBatch, model: Model, embedders: Mapping[str, Embedder]) -> Callable[[Any, dict], Guide | None]:
+    """`(constants, columns) -> Guide`: the guide tower's vectors of the same texts, which it must tokenize the same way."""
+    name = loss.guide
+    if not name:
+        return lambda constants, columns: None
+    if name not in model.towers:
+        raise ConfigError(f"the loss's guide {name!r} is no tower; {nearest(name, model.towers)}")
+    tower = model.towers[name]
+    for column in ("anchor", "positive"):
+        other = model.towers[model.tower_of(column)]
+        pieces = lambda t: (t.tokenizer or t.init, t.arch and t.arch.vocab_size, t.lowercase)
+        if pieces(other) != pieces(tower):
+            raise ConfigError(
+                f"guide {name!r} must share the tokenizer of tower {model.tower_of(column)!r}, whose columns it reads: "
+                f"they have {tower.tokenizer or tower.init!r} and {other.tokenizer or other.init!r}"
+            )
+    encoder = _encoder(dataclasses.replace(model, columns=dict.fromkeys(("anchor", "positive"), name)), embedders)
+
+    def encode(constants, columns):
+        if name not in constants.get("towers", {}):
+            raise ConfigError(f'guide {name!r} is trained; add "^towers/{name}/" to optim.freeze')
+        outputs = encoder(constants["towers"], candidates(columns), columns["row"], None)
+        return jax.lax.stop_gradient(Guide(outputs["anchor"], outputs["positive"]))
+
+    return encode
+
+
+def _require_prefixes(loss: InBatch, model: Model, embedders: Mapping[str, Embedder]) -> None:
+    for column in ("anchor", "positive"):
+        width = embedders[model.tower_of(column)].width
+        for length in loss.matryoshka:
+            if length > width:
+                raise ConfigError(f"matryoshka has prefix {length}; embeddings of column {column!r} have {width} numbers")
 
 
 def candidates(columns: dict) -> dict[str, dict]:
@@ -122,6 +235,7 @@ def _require(task: Set, needed: set[str], optional: set[str]) -> None:
         raise ConfigError(f"set {task.name!r}: {loss} knows no column {name!r}; {nearest(name, needed | optional)}")
 
 
-OBJECTIVES: dict[type[Loss], Callable[[Set, Model, Mapping[str, Embedder]], Objective]] = {
-    MultipleNegatives: _multiple_negatives,
+OBJECTIVES: dict[type[Loss], Callable[[Set, Model, Mapping[str, Embedder], Mesh], Objective]] = {
+    MultipleNegatives: _in_batch,
+    Siglip: _in_batch,
 }

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from embedjax import distributed
 from embedjax.config import Config, serialize
 from embedjax.config.errors import ConfigError, StorageError
 from embedjax.lock import hold
@@ -22,10 +23,14 @@ from embedjax.metrics.writers import read_rows
 
 PACKAGES = ("embedjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
 
+# Seconds within which a second signal is the first again: launchers signal a process and its parent, which passes it on.
+SAME_SIGNAL = 2.0
+
 # What may change when a run goes on: none of it changes what a step computes. Everything else is refused.
 FREE = (
     "name",
     "mesh",
+    "distributed",
     "checkpoint",
     "evaluate",
     "export",
@@ -41,8 +46,11 @@ FREE = (
 def opened(folder: Path, fresh: bool) -> Iterator[None]:
     """Makes and holds a run folder; `fresh` first moves the run in it to a sibling folder with the time in its name.
 
-    Raises StorageError when another process holds it or it cannot be written.
+    Of several processes the first does it. Raises StorageError when another run holds it or it cannot be written.
     """
+    if not distributed.first():
+        yield
+        return
     try:
         if fresh and (folder / "config.json").exists():
             with hold(folder):
@@ -130,17 +138,22 @@ def stop_signal() -> Iterator[threading.Event]:
 
     Outside the main thread signals are left alone.
     """
-    stopped = threading.Event()
+    stopped, came = threading.Event(), 0.0
     if threading.current_thread() is not threading.main_thread():
         yield stopped
         return
 
     def handle(number: int, frame: Any) -> None:
+        nonlocal came
         if stopped.is_set():
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            if time.monotonic() - came > SAME_SIGNAL:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        came = time.monotonic()
         stopped.set()
-        print("stopping after this step; again to stop at once", file=sys.stderr, flush=True)
+        if distributed.first():
+            print("stopping after this step; again to stop at once", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -1,7 +1,9 @@
 """The mesh, where each parameter lives on it, and how batches are placed. Nothing else knows of devices."""
 
+import functools
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,15 +14,18 @@ from jax.sharding import PartitionSpec as P
 from embedjax import config
 from embedjax.config.errors import ConfigError
 
+AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 # First match wins, every parameter must match. Stacked layers have their layer on axis 0; embedding tables are split over
-# the width, since over the vocabulary the gather would be rematerialised.
+# the width, since over the vocabulary the gather would be rematerialised. Over `tensor` the heads and the hidden units are
+# split: columns on the way in, rows on the way out, one sum over `tensor` a block (Shoeybi et al. 2019, section 3).
 RULES: tuple[tuple[str, P], ...] = (
-    (r"(tokens|positions|types)/embedding$", P(None, "fsdp")),
+    (r"(tokens|positions|types)/embedding$", P(None, ("fsdp", "tensor"))),
     (r"relative/embedding$", P()),
-    (r"blocks/.*(query|key|value|qkv|up|gate)/kernel$", P(None, "fsdp", None)),
-    (r"blocks/.*(out|down)/kernel$", P(None, None, "fsdp")),
+    (r"blocks/.*(query|key|value|up)/kernel$", P(None, "fsdp", "tensor")),
+    (r"blocks/.*(out|down)/kernel$", P(None, "tensor", "fsdp")),
+    (r"blocks/.*(query|key|value|up)/bias$", P(None, "tensor")),
     (r"dense/\d+/kernel$", P("fsdp", None)),
     (r"/bias$|norm/scale$", P()),
     (r"loss/(scale|bias)$", P()),
@@ -28,17 +33,56 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(mesh: config.Mesh, devices: Sequence[Any] | None = None) -> Mesh:
-    """The device mesh, axes `data` and `fsdp`. Raises ConfigError when the devices do not divide."""
+    """The device mesh, axes `data`, `fsdp` and `tensor`; of several slices only `data` reaches from one to the next.
+
+    Raises ConfigError when the devices do not divide."""
     devices = jax.devices() if devices is None else devices
-    count = len(devices)
-    if mesh.fsdp < 1 or (mesh.data < 1 and mesh.data != -1):
-        raise ConfigError(f"mesh is data={mesh.data}, fsdp={mesh.fsdp}; sizes are at least 1 (data may be -1)")
-    data = count // mesh.fsdp if mesh.data == -1 else mesh.data
-    if data * mesh.fsdp != count:
-        wanted = f"data={mesh.data}, fsdp={mesh.fsdp}"
-        raise ConfigError(f"mesh {wanted} needs {max(data, 1) * mesh.fsdp} devices; {count} are here ({devices[0].platform})")
+    within = mesh.fsdp * mesh.tensor
+    told = ", ".join(f"{name}={getattr(mesh, name)}" for name in (*AXES, "slices"))
+    if min(mesh.fsdp, mesh.tensor, mesh.slices) < 1 or (mesh.data < 1 and mesh.data != -1):
+        raise ConfigError(f"mesh is {told}; sizes are at least 1 (data may be -1)")
+    data = len(devices) // within if mesh.data == -1 else mesh.data
+    if data * within != len(devices):
+        here = f"{len(devices)} are here ({devices[0].platform})"
+        raise ConfigError(f"mesh {told} needs {max(data, 1) * within} devices; {here}")
+    if data % mesh.slices:
+        raise ConfigError(f"mesh {told}: data must be a multiple of slices; it is {data}")
+    shape = (data // mesh.slices, mesh.fsdp, mesh.tensor)
     # Explicit axes are the newer default, in which plain gathers of a sharded table are refused.
-    return jax.make_mesh((data, mesh.fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    auto = (AxisType.Auto,) * len(AXES)
+    parts = [jax.make_mesh(shape, AXES, axis_types=auto, devices=part).devices for part in _slices(devices, mesh.slices)]
+    return Mesh(np.concatenate(parts), AXES, axis_types=auto)
+
+
+def _slices(devices: Sequence[Any], count: int) -> list[Sequence[Any]]:
+    """The devices of each slice: by the hardware's numbers, else by process, else (simulated ones) equal runs of them."""
+    for name in ("slice_index", "process_index"):
+        groups: dict[Any, list] = {}
+        for device in devices:
+            groups.setdefault(getattr(device, name, None), []).append(device)
+        if len(groups) == count:
+            return [groups[key] for key in sorted(groups)]
+        if name == "slice_index" and len(groups) > 1 and devices[0].platform == "tpu":
+            raise ConfigError(f"the devices are in {len(groups)} slices; mesh.slices is {count}")
+    each = len(devices) // count
+    return [devices[i * each : (i + 1) * each] for i in range(count)]
+
+
+def share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """(which, of how many): the equal part of each global batch that a process, by default this one, has to bring.
+
+    Processes that the batch is not split between, since `tensor` reaches over them, bring the same part.
+    """
+    process = jax.process_index() if process is None else process
+    held: dict[int, set[int]] = {}
+    rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    for row, devices in enumerate(rows):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(row)
+    parts = sorted({tuple(sorted(part)) for part in held.values()})
+    if sum(map(len, parts)) != len(rows) or len({len(part) for part in parts}) > 1:
+        raise ConfigError(f"mesh {dict(mesh.shape)} cannot be shared between {len(held)} processes; let tensor divide theirs")
+    return parts.index(tuple(sorted(held[process]))), len(parts)
 
 
 def path_of(path: tuple) -> str:
@@ -52,9 +96,14 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
         return P()
     for rule, found in RULES:
         if re.search(rule, path):
-            fits = (name if name is None or shape[i] % mesh.shape[name] == 0 else None for i, name in enumerate(found))
-            return P(*fits)
+            return P(*(_fitting(names, size, mesh) for names, size in zip(found, shape, strict=False)))
     raise ConfigError(f"no sharding rule matches parameter {path!r} of shape {shape}")
+
+
+def _fitting(names: Any, size: int, mesh: Mesh) -> Any:
+    """The axes that divide a dimension, all that a rule names or none."""
+    axes = (names,) if isinstance(names, str) else names or ()
+    return names if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -62,12 +111,23 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(lambda p, x: NamedSharding(mesh, spec(path_of(p), x.shape, mesh)), tree)
 
 
+def in_sight(mesh: Mesh, function: Callable) -> Callable:
+    """The function, traced with the mesh in sight: the towers then say where their activations lie."""
+
+    @functools.wraps(function)
+    def seeing(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return seeing
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """Axis 0 split over all devices: batches, embeddings, corpora."""
+    """Axis 0 split over `data` and `fsdp`: batches, embeddings, corpora."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 

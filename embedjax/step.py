@@ -1,4 +1,4 @@
-"""The training step: state, gradient (plain or accumulated), update. The only jitted entry of training."""
+"""The training step: state, gradient (plain, accumulated or cached), update. The only jitted entry of training."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from embedjax import sharding
 from embedjax.objective import Objective, bound
 
 Gradient = Callable[..., tuple[tuple[jax.Array, dict], Any]]
@@ -34,12 +37,28 @@ def plain(objective: Objective) -> Gradient:
 
     def gradient(params, constants, columns, key):
         def value(params):
-            outputs = objective.encode(params, constants, columns, key)
+            outputs = _spread(objective.encode)(params, constants, columns, key)
             return objective.loss(params, outputs, objective.targets(constants, columns))
 
         return jax.value_and_grad(value, has_aux=True)(params)
 
     return gradient
+
+
+def _spread(encode: Callable) -> Callable:
+    """`encode` under `shard_map` over `data`: its gradient is then summed over `data` once, at the end. XLA would leave the sum
+    in the loop over layers."""
+
+    def local(params, constants, columns, key):
+        return encode(*_varying((params, constants)), columns, _varying(key))
+
+    def spread(*arguments):
+        if jax.sharding.get_abstract_mesh().shape.get("data", 1) == 1:
+            return encode(*arguments)
+        rows = P("data")
+        return jax.shard_map(local, in_specs=(P(), P(), rows, P()), out_specs=rows, axis_names={"data"})(*arguments)
+
+    return spread
 
 
 def accumulated(objective: Objective, parts: int) -> Gradient:
@@ -59,9 +78,60 @@ def accumulated(objective: Objective, parts: int) -> Gradient:
     return gradient
 
 
+def cached(objective: Objective, chunks: int, mesh: Mesh) -> Gradient:
+    """What `plain` gives, in the memory of one of `chunks` of the batch: GradCache (Gao et al. 2021, section 3).
+
+    Every chunk is embedded without keeping activations; the loss sees all embeddings; then each chunk is embedded again, with
+    the same dropout, and takes its share of the loss's gradient back to the parameters. Costs one forward pass more.
+    """
+
+    def gradient(params, constants, columns, key):
+        look = lambda part: (objective.encode(params, constants, part, key), objective.targets(constants, part))
+        # By rows, as the batch is: left to itself XLA splits small embeddings over the width and moves them for the loss.
+        by_rows = lambda tree: jax.lax.with_sharding_constraint(tree, sharding.rows(mesh))
+        outputs, targets = by_rows(join(jax.lax.map(look, split(columns, chunks))))
+        found, (of_loss, cotangents) = jax.value_and_grad(objective.loss, (0, 1), has_aux=True)(params, outputs, targets)
+        of_towers = _replayed(objective, chunks, mesh)(params, constants, columns, key, cotangents)
+        return found, jax.tree.map(jnp.add, of_loss, of_towers)
+
+    return gradient
+
+
+def _replayed(objective: Objective, chunks: int, mesh: Mesh) -> Callable:
+    """The gradient of `encode` against the cotangents of its outputs, chunk by chunk, summed over `data` once, at the end."""
+
+    def total(params, constants, columns, key, cotangents):
+        def replay(total, part_and_cotangent):
+            part, cotangent = part_and_cotangent
+            _, vjp = jax.vjp(lambda p: objective.encode(p, constants, part, key), params)
+            return jax.tree.map(jnp.add, total, vjp(cotangent)[0]), None
+
+        zero = jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.scan(replay, zero, split((columns, cotangents), chunks))[0]
+
+    def local(params, constants, columns, key, cotangents):
+        params, constants, key = _varying((params, constants, key))
+        return jax.lax.psum(total(params, constants, columns, key, cotangents), "data")
+
+    if mesh.shape["data"] == 1:
+        return total
+    rows = P("data")
+    return jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), rows, P(), rows), out_specs=P(), axis_names={"data"})
+
+
+def _varying(tree: Any) -> Any:
+    """What is the same on every part of `data` as what may differ: under `shard_map`, its gradient is then not yet summed."""
+    return jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), tree)
+
+
 def split(tree: Any, parts: int) -> Any:
     """[B, ...] -> [parts, B/parts, ...], interleaved, so that a batch split over devices stays so within every part."""
     return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def join(tree: Any) -> Any:
+    """The inverse of `split`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
 def make(gradient: Gradient, tx: optax.GradientTransformation, schedule: Callable, seed: int) -> Callable:
@@ -92,4 +162,5 @@ def make(gradient: Gradient, tx: optax.GradientTransformation, schedule: Callabl
 def jitted(step: Callable, shardings: TrainState) -> Callable:
     """The step compiled for the mesh of `shardings`. The state is donated: its memory becomes the new state's."""
     # Without out_shardings XLA is free to gather the new state, and does.
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    seen = sharding.in_sight(jax.tree.leaves(shardings)[0].mesh, step)
+    return jax.jit(seen, donate_argnums=0, out_shardings=(shardings, None))

@@ -1,19 +1,21 @@
 """The story of a run: set up, resume, loop, evaluate, save, export. The mechanism lives in the files it calls."""
 
 import dataclasses
+import functools
+import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from embedjax import build, runs, sharding
+from embedjax import build, distributed, runs, sharding
 from embedjax.checkpoint import Checkpoints
 from embedjax.config import Config, serialize
-from embedjax.config.errors import ConfigError, Saved
+from embedjax.config.errors import Saved
 from embedjax.data.sources import manifest
 from embedjax.evaluate import report, tasks
 from embedjax.export import export
@@ -22,6 +24,7 @@ from embedjax.metrics.pace import peak_flops
 from embedjax.metrics.progress import Progress, Status
 from embedjax.metrics.writers import Writer
 from embedjax.objective import combine
+from embedjax.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,39 +41,45 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
     """Runs an experiment in `folder` (default runs/NAME), or goes on with the one that is there.
 
     `fresh` moves an old run aside first; `profile` is a range of steps to trace. Raises Saved when asked to stop by a signal,
-    NonFiniteError after three non-finite steps in a row, and the errors of config, data and storage.
+    NonFiniteError after three non-finite steps in a row, and the errors of config, data and storage. Of several processes
+    (`distributed.start`) all call this; the first writes and speaks, and where one raises an error all do.
     """
-    if jax.process_count() > 1:
-        raise ConfigError(f"a run has one process; {jax.process_count()} are running")
     folder = (folder or Path("runs") / config.name).absolute()
-    status = Status()
-    with runs.opened(folder, fresh), runs.stop_signal() as stopped, ExitStack() as ended:
+    first, patience = distributed.first(), config.distributed.meet
+    with ExitStack() as ended:
+        status = Status(None if first else ended.enter_context(open(os.devnull, "w")))
+        with distributed.together("opening the run folder", patience):
+            ended.enter_context(runs.opened(folder, fresh))
+        stopped = ended.enter_context(runs.stop_signal())
         # ---- set up: an earlier run in this folder decides what may go on here
-        stored = runs.stored(folder)
-        config = build.resolve(config, stored)
-        if stored is None:
-            shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # of a start that failed before there was a run
-        else:
-            runs.refuse_changes(folder, stored, config)
-        run = build.build(config, folder)
-        data = [row for source in run.sources.values() for row in manifest(source)]
-        runs.refuse_other_data(folder, data)
-        prepared = tasks.prepare(config.evaluate.tasks)
-        runs.write_facts(folder, config, data, sys.argv)
-        saves = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep, best=best_metric(config))
+        with distributed.together("setting up", patience):
+            stored = runs.stored(folder)
+            config = build.resolve(config, stored)
+            if stored is not None:
+                runs.refuse_changes(folder, stored, config)
+            elif first:
+                shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # of a start that failed before there was a run
+            run = build.build(config, folder)
+            prepared = tasks.prepare(config.evaluate.tasks)
+            if first:
+                data = [row for source in run.sources.values() for row in manifest(source)]
+                runs.refuse_other_data(folder, data)
+                runs.write_facts(folder, config, data, sys.argv)
+        saves = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep, best=best_metric(config), limit=patience)
         checkpoints = ended.enter_context(saves)
         status.line(build.summary(run))
 
-        def model(step: int) -> Model:
-            params = combine(state.params, constants)
+        def model(step: int, place: Callable = lambda params: params) -> Model:
+            params = place(combine(state.params, constants))
             details = {"config": config, "step": step, "run": str(folder)}
             return assemble(config.model, params, run.texts, tokenizer_folders(folder, config.model), str(folder), details)
 
         def evaluate(step: int) -> Mapping[str, float]:
             scores = tasks.evaluate(model(step), prepared, mesh=run.mesh)
-            if scores:
+            if scores and writer is not None:
                 runs.add_evaluation(folder, step, scores)
                 writer.scalars(step, scores)
+            if scores:
                 status.line(f"step {step}: " + "  ".join(f"{key} {value:.4f}" for key, value in scores.items()))
             return scores
 
@@ -78,7 +87,7 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
             return step == config.steps or bool(config.evaluate.every) and step % config.evaluate.every == 0
 
         # ---- the state: 1. the newest whole save of this run; 2. pretrained or random weights
-        resumed = checkpoints.latest() is not None
+        resumed = bool(distributed.gather("looking for a save", int(checkpoints.latest() is not None), limit=patience)[0])
         if resumed:
             state, record = checkpoints.restore(None, run.abstract)
             start = record.position
@@ -87,8 +96,12 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
         else:
             start = 0
             state, constants = run.init()
-            write_constants(folder, constants)
-        writer = ended.enter_context(closing(Writer(folder, config.writers, start, config.name)))
+            host = distributed.whole(constants)
+            with distributed.together("writing what is not trained", patience):
+                if first:
+                    write_constants(folder, host)
+        with distributed.together("opening the metrics", patience):
+            writer = ended.enter_context(closing(Writer(folder, config.writers, start, config.name))) if first else None
         evaluated = runs.evaluations(folder)
         if due(start) if resumed else config.evaluate.baseline:
             wanted = {task.name for task in config.evaluate.tasks}
@@ -103,22 +116,26 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
         trace = Trace(folder / "profile", profile, start, config.steps)
         batches = ended.enter_context(closing(run.batches.iterate(start)))
         ended.callback(trace.stop)
+        ballot = distributed.Ballot(run.mesh)
+        watchdog = ended.enter_context(Watchdog(config.distributed.step))
         pending = None
         for n in range(start + 1, config.steps + 1):
             with progress.waiting():
-                task, columns = next(batches)
+                task, columns = ballot.draw(batches, functools.partial(run.batches.blank, n - 1))
             shape = build.shape_name(task, columns)
             if pending and progress.is_new(shape):  # this dispatch compiles: not to be counted as the time of the last step
                 progress.read(*pending)
                 pending = None
             trace.before(n)
-            state, found = run.steps[task](state, constants, sharding.place(columns, run.mesh))
-            trace.after(n, found)
-            if pending:
-                progress.read(*pending)
+            with watchdog.waiting(f"step {n}", None if progress.is_new(shape) else progress.pace.usual()):
+                state, found = run.steps[task](state, constants, sharding.place(columns, run.mesh))
+                trace.after(n, found)
+                stop = ballot.cast(stopped.is_set()) and n < config.steps
+                if pending:
+                    progress.read(*pending)
             pending = (n, shape, build.step_flops(run, columns), found)
-            stop = stopped.is_set() and n < config.steps
             if stop or due(n) or n % config.checkpoint.every == 0:
+                ballot.settle()
                 progress.read(*pending)
                 pending = None
                 # Asked to stop there may be seconds left: what is due is evaluated when the run goes on.
@@ -137,16 +154,21 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
         evaluated = runs.evaluations(folder)
         scores = {key: value for key, value in evaluated[-1].items() if key != "step"} if evaluated else {}
         exported = None
+        shown = config.export.format != "none" or config.evaluate.baseline
+        final = model(config.steps, distributed.whole if shown else lambda params: params)
         if config.export.format != "none":
             exported = folder / "export"
-            texts = [text for row in run.batches.decoded(0, 64) for text, _ in row.values()]
-            difference = export(
-                model(config.steps), exported, config.export.format, texts=texts, scores=scores, replace=True, title=config.name
-            )
-            status.line(f"exported {_shown(exported)} (parity: largest difference {difference:.0e})")
-        if config.evaluate.baseline:
-            for line in report.lines(model(config.steps), prepared, evaluated, _shown(exported or folder)):
-                status.line(line)
+            with distributed.together("the export", patience):
+                if first:
+                    texts = [text for row in run.batches.decoded(0, 64) for text, _ in row.values()]
+                    difference = export(
+                        final, exported, config.export.format, texts=texts, scores=scores, replace=True, title=config.name
+                    )
+                    status.line(f"exported {_shown(exported)} (parity: largest difference {difference:.0e})")
+        with distributed.together("the report", patience):
+            if first and config.evaluate.baseline:
+                for line in report.lines(final, prepared, evaluated, _shown(exported or folder)):
+                    status.line(line)
         return Result(folder, config.steps, scores, exported)
 
 

@@ -9,14 +9,14 @@ import embedjax
 
 PACKAGE = Path(embedjax.__file__).parent
 LEVELS = (
-    ("config", "allocator"),
-    ("data", "models", "losses", "sharding", "metrics"),
+    ("config", "allocator", "supervise"),
+    ("data", "models", "losses", "sharding", "metrics", "distributed", "watchdog"),
     ("optim", "objective", "lock", "checkpoint"),
     ("step", "load", "runs"),
     ("evaluate",),
     ("export",),
     ("build",),
-    ("train", "preview", "search", "doctor"),
+    ("train", "preview", "search", "doctor", "plan", "launch"),
     ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -25,6 +25,8 @@ FORBIDDEN = {
     "data": {"jax", "flax"},
     "losses": {"flax", "embedjax.config", "embedjax.models"},
     "allocator": {"jax", "numpy", "embedjax"},
+    "launch": {"jax", "numpy"},
+    "supervise": {"jax", "numpy", "embedjax"},
 }
 # Siblings may lean on these: `optim` on paths of `sharding` is a lower level already; the lock is taken by `runs`.
 GRAIN = "data/batches.py"

@@ -1,5 +1,8 @@
 """The mesh, the path table, and that placing splits what it says it splits."""
 
+import re
+from typing import NamedTuple
+
 import jax
 import numpy as np
 import pytest
@@ -30,6 +33,11 @@ def paths(tree):
     return {sharding.path_of(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def paths_and_specs(arch, mesh):
+    placed = jax.tree.leaves(sharding.shardings(params(arch), mesh))
+    return [(path, place.spec) for path, place in zip(paths(params(arch)), placed, strict=True)]
+
+
 def test_every_parameter_matches_and_no_rule_is_idle():
     mesh = sharding.make_mesh(config.Mesh(data=4, fsdp=2))
     used = set()
@@ -48,24 +56,76 @@ def test_an_unknown_parameter_is_refused():
 @pytest.mark.parametrize("arch", PRESETS, ids=lambda a: type(a).__name__)
 def test_large_matrices_are_split_over_fsdp(arch):
     mesh = sharding.make_mesh(config.Mesh(data=4, fsdp=2))
-    split = {
-        path: s.spec
-        for (path, s) in zip(paths(params(arch)), jax.tree.leaves(sharding.shardings(params(arch), mesh)), strict=True)
-    }
-    for path, found in split.items():
+    for path, found in paths_and_specs(arch, mesh):
         if path.endswith(("kernel", "tokens/embedding")):
-            assert "fsdp" in found, path
+            assert "fsdp" in jax.tree.leaves(tuple(found)), path
+    whole = sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
+    for path, place in paths_and_specs(arch, whole):
+        if path.endswith("kernel") and "blocks" in path:
+            columns = re.search("query|key|value|up", path)
+            assert place == (P(None, "fsdp", "tensor") if columns else P(None, "tensor", "fsdp")), path
 
 
 def test_an_axis_that_does_not_divide_is_left_whole():
-    mesh = sharding.make_mesh(config.Mesh(data=1, fsdp=8))
+    mesh = sharding.make_mesh(config.Mesh(data=1, fsdp=4, tensor=2))
     assert sharding.spec("towers/text/encoder/tokens/embedding", (10, 12), mesh) == P(None, None)
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(3, 1), (-1, 3), (8, 2), (0, 1), (1, 0)])
-def test_a_mesh_that_does_not_fit_is_refused(data, fsdp):
+@pytest.mark.parametrize(
+    "sizes", [(3,), (-1, 3), (8, 2), (0,), (1, 0), (1, 8, 0), (4, 1, 4), (-1, 1, 1, 3), (1, 8, 1, 2)], ids=str
+)
+def test_a_mesh_that_does_not_fit_is_refused(sizes):
     with pytest.raises(ConfigError, match="mesh"):
-        sharding.make_mesh(config.Mesh(data=data, fsdp=fsdp))
+        sharding.make_mesh(config.Mesh(*sizes))
+
+
+def places(mesh):
+    return [[device.id for device in row.flat] for row in mesh.devices]
+
+
+def test_only_data_reaches_from_slice_to_slice():
+    mesh = sharding.make_mesh(config.Mesh(data=4, fsdp=2, slices=2))
+    assert places(mesh) == [[0, 1], [2, 3], [4, 5], [6, 7]] and mesh.axis_names == ("data", "fsdp", "tensor")
+    # Simulated devices have no slice; those of several processes are grouped by process.
+    devices = [Device(n, process_index=n % 2) for n in range(8)]
+    assert [[d.id for d in part] for part in sharding._slices(devices, 2)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert [[d.id for d in part] for part in sharding._slices(devices, 4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    chips = [Device(n, 0, "tpu", slice_index=1 - n // 4) for n in range(8)]
+    assert [[d.id for d in part] for part in sharding._slices(chips, 2)] == [[4, 5, 6, 7], [0, 1, 2, 3]]
+    with pytest.raises(ConfigError, match="in 2 slices; mesh.slices is 1"):
+        sharding._slices(chips, 1)
+
+
+class Device(NamedTuple):
+    """What a mesh asks of a device."""
+
+    id: int
+    process_index: int
+    platform: str = "cpu"
+    slice_index: int = 0
+
+
+class Devices(NamedTuple):
+    """What `share` asks of a mesh."""
+
+    devices: np.ndarray
+    shape: dict
+
+
+def shares(data, fsdp, tensor, processes):
+    devices = np.empty(data * fsdp * tensor, object)
+    devices[:] = [Device(n, n * processes // len(devices)) for n in range(len(devices))]
+    mesh = Devices(devices.reshape(data, fsdp, tensor), {"data": data, "fsdp": fsdp, "tensor": tensor})
+    return [sharding.share(mesh, process) for process in range(processes)]  # type: ignore[arg-type]
+
+
+def test_each_process_brings_its_share_of_the_rows():
+    assert shares(4, 1, 1, 2) == [(0, 2), (1, 2)]
+    assert shares(2, 2, 2, 4) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    # Where `tensor` reaches over two processes, both bring the same rows.
+    assert shares(2, 1, 4, 4) == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    with pytest.raises(ConfigError, match="cannot be shared between 2 processes"):
+        shares(3, 1, 2, 2)
 
 
 def test_placed_rows_and_parameters_keep_their_values():
@@ -75,5 +135,5 @@ def test_placed_rows_and_parameters_keep_their_values():
     np.testing.assert_array_equal(batch["ids"], np.arange(32).reshape(16, 2))
     table = {"tokens": {"embedding": np.arange(24.0, dtype=np.float32).reshape(3, 8)}}
     placed = sharding.put(table, mesh)["tokens"]["embedding"]
-    assert placed.sharding.spec == P(None, "fsdp")
+    assert placed.sharding.spec == P(None, ("fsdp", "tensor"))
     np.testing.assert_array_equal(placed, table["tokens"]["embedding"])

@@ -18,6 +18,7 @@ ARCH = config.Bert(
 MODEL = config.Model({"text": config.Tower(arch=ARCH)})
 EMBEDDERS = {"text": Embedder(ARCH)}
 INIT = jax.jit(EMBEDDERS["text"].init)
+ONE = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
 
 
 def batch(negatives=1, seed=0):
@@ -51,10 +52,10 @@ def start(which, **options):
 
 def run(which, columns, *, mesh=None, gradient=step.plain, steps=1, **options):
     state, constants, tx, schedule = start(which, **options)
-    mesh = mesh or sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+    mesh = mesh or ONE
     shardings = sharding.shardings(jax.eval_shape(lambda: state), mesh)
     state, constants = jax.device_put(state, shardings), jax.device_put(constants, sharding.shardings(constants, mesh))
-    made = step.make(gradient(objective.make(which, MODEL, EMBEDDERS)), tx, schedule, seed=3)
+    made = step.make(gradient(objective.make(which, MODEL, EMBEDDERS, mesh)), tx, schedule, seed=3)
     jitted = step.jitted(made, shardings)
     for _ in range(steps):
         state, metrics = jitted(state, constants, sharding.place(columns, mesh))
@@ -86,7 +87,7 @@ def test_same_step_on_every_mesh_with_dropout(plain, data, fsdp):
 def test_accumulation_is_the_mean_of_the_parts(plain):
     state, metrics, _ = run(task(), batch(), gradient=lambda o: step.accumulated(o, 4), clip_norm=0.0)
     which, columns = task(), batch()
-    made = objective.make(which, MODEL, EMBEDDERS)
+    made = objective.make(which, MODEL, EMBEDDERS, ONE)
     params, constants = start(which)[0].params, {}
     key = jax.random.bits(jax.random.fold_in(jax.random.key(3), 0), (), jnp.uint32)
     parts = [jax.tree.map(lambda x, i=i: x[i::4], columns) for i in range(4)]
@@ -105,7 +106,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
     broken["towers"]["text"]["encoder"]["norm"]["scale"] = (
         broken["towers"]["text"]["encoder"]["norm"]["scale"].at[0].set(jnp.nan)
     )
-    made = jax.jit(step.make(step.plain(objective.make(which, MODEL, EMBEDDERS)), tx, schedule, 0))
+    made = jax.jit(step.make(step.plain(objective.make(which, MODEL, EMBEDDERS, ONE)), tx, schedule, 0))
     bad = state._replace(params=broken)
     after, metrics = made(bad, constants, columns)
     assert not np.isfinite(metrics["loss"]) and int(metrics["skipped"]) == 1 and int(metrics["in_a_row"]) == 1
@@ -140,7 +141,7 @@ def test_dropout_changes_with_the_step_and_repeats_with_the_seed(plain):
     again = run(task(), batch())
     jax.tree.map(np.testing.assert_array_equal, again[0].params, plain[0].params)
     which = task()
-    made = objective.make(which, MODEL, EMBEDDERS)
+    made = objective.make(which, MODEL, EMBEDDERS, ONE)
     params = start(which)[0].params
     encode = jax.jit(made.encode)
     outputs = [encode(params, {}, batch(), jnp.uint32(key))["anchor"] for key in (1, 2)]
@@ -149,7 +150,7 @@ def test_dropout_changes_with_the_step_and_repeats_with_the_seed(plain):
 
 def test_rows_do_not_depend_on_each_other_or_on_the_chunk():
     which = dataclasses.replace(task(), loss=config.MultipleNegatives())
-    made = objective.make(which, MODEL, EMBEDDERS)
+    made = objective.make(which, MODEL, EMBEDDERS, ONE)
     params = start(which)[0].params
     encode = jax.jit(made.encode)
     whole = encode(params, {}, batch(), jnp.uint32(5))
@@ -162,4 +163,4 @@ def test_rows_do_not_depend_on_each_other_or_on_the_chunk():
 )
 def test_columns_a_loss_cannot_use_are_refused(columns, word):
     with pytest.raises(config.errors.ConfigError, match=word):
-        objective.make(dataclasses.replace(task(), columns=columns), MODEL, EMBEDDERS)
+        objective.make(dataclasses.replace(task(), columns=columns), MODEL, EMBEDDERS, ONE)

@@ -11,7 +11,7 @@ import pytest
 
 from embedjax import runs, sharding
 from embedjax.checkpoint import Checkpoints
-from embedjax.config import serialize
+from embedjax.config import Model, MultipleNegatives, serialize
 from embedjax.config.errors import ConfigError, DataError, NonFiniteError, Saved, StorageError
 from embedjax.evaluate.encode import encode
 from embedjax.load import load
@@ -223,3 +223,26 @@ def test_bfloat16_runs_pass_the_gate_and_accumulation_trains(tiny_config, tmp_pa
     result = train(config, tmp_path / "run")
     assert json.loads((result.exported / "parity.json").read_text())["max_difference"] == 0
     assert np.isfinite([row["loss"] for row in rows(result.folder)]).all()
+
+
+def test_a_guided_cached_run_trains_one_tower_and_exports_it(tiny_config, tmp_path, use_devices):
+    """A frozen guide masks false negatives, GradCache and prefixes on: the export holds the trained tower alone."""
+    use_devices(2)
+    task, tower = tiny_config.data.sets[0], tiny_config.model.towers["text"]
+    loss = MultipleNegatives(guide="guide", guide_margin=0.05, matryoshka=(16, 8), form="ring")
+    model = Model({"text": tower, "guide": tower}, {"anchor": "text", "positive": "text"})
+    config = dataclasses.replace(
+        tiny_config,
+        steps=4,
+        model=model,
+        data=dataclasses.replace(tiny_config.data, sets=(dataclasses.replace(task, loss=loss),)),
+        optim=dataclasses.replace(tiny_config.optim, freeze=("^towers/guide/",), cached=4),
+    )
+    result = train(config, tmp_path / "run")
+    trained, exported = load(tmp_path / "run"), load(result.exported)
+    np.testing.assert_allclose(encode(exported, ["red cat"]), encode(trained, ["red cat"]), atol=1e-5)
+    assert set(exported.config.towers) == {"text"} and set(trained.config.towers) == {"text", "guide"}
+    assert {path.split("/")[2] for path in saved(tmp_path / "run")[0] if path.startswith("params/")} == {"text"}
+    wrong = dataclasses.replace(config, model=dataclasses.replace(model, columns={"anchor": "txet"}))
+    with pytest.raises(ConfigError, match="'txet'.*text"):
+        train(wrong, tmp_path / "wrong")

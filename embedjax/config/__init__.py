@@ -1,9 +1,9 @@
 """Typed configs: frozen dataclasses that are replaced, never mutated. Imports no jax and no numpy."""
 
 from embedjax.config.data import Data, File, Functions, Set, Source, Tfds
-from embedjax.config.losses import Loss, MultipleNegatives
+from embedjax.config.losses import InBatch, Loss, MultipleNegatives, Siglip
 from embedjax.config.model import Architecture, Bert, Dense, DistilBert, Model, ModernBert, Mpnet, Roberta, Tower, Transformer
-from embedjax.config.run import Checkpoint, Config, Evaluate, Export, Group, Mesh, Optim, Retrieval, Sts, Task
+from embedjax.config.run import Checkpoint, Config, Distributed, Evaluate, Export, Group, Mesh, Optim, Retrieval, Sts, Task
 
 __all__ = [
     "Architecture",
@@ -13,11 +13,13 @@ __all__ = [
     "Data",
     "Dense",
     "DistilBert",
+    "Distributed",
     "Evaluate",
     "Export",
     "File",
     "Functions",
     "Group",
+    "InBatch",
     "Loss",
     "Mesh",
     "Model",
@@ -28,6 +30,7 @@ __all__ = [
     "Retrieval",
     "Roberta",
     "Set",
+    "Siglip",
     "Source",
     "Sts",
     "Task",

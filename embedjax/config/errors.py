@@ -40,6 +40,20 @@ class CheckFailed(EmbedjaxError):
     code = 6
 
 
+class Lost(EmbedjaxError):
+    """Another process of the run is gone, or did not come where all have to: exit 70."""
+
+    code = 70
+
+
+class Elsewhere(EmbedjaxError):
+    """Another process of the run told of its error; this one ends with the same exit code and says nothing."""
+
+    def __init__(self, code: int):
+        super().__init__(f"another process ended with exit code {code}")
+        self.code = code
+
+
 class Saved(EmbedjaxError):
     """The run was asked to stop and saved itself; start it again to go on: exit 75."""
 

@@ -198,6 +198,11 @@ class Model:
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     """Tower of each column, such as {"anchor": "query"}; with one tower every column is its."""
 
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The towers that encode a column: all but those that only guide a loss."""
+        return tuple(sorted(set(self.columns.values()) or self.towers))
+
     def tower_of(self, column: str) -> str:
         """The name of the tower that encodes a column; `negative_2` follows `negative`."""
         if column in self.columns:

@@ -45,10 +45,19 @@ class Optim:
     """Regular expressions of parameter paths that are not trained: no gradient, no optimiser state."""
     accumulate: int = 1
     """Parts the batch is split into, one gradient each, averaged. In-batch negatives then come from a part only."""
+    cached: int = 1
+    """GradCache: chunks the batch is embedded in. The whole batch's loss and gradient, in the memory of one chunk, for one
+    forward pass more."""
 
     def __post_init__(self):
-        if self.accumulate < 1:
-            raise ConfigError(f"optim.accumulate is {self.accumulate}; it must be at least 1")
+        for name in ("accumulate", "cached"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"optim.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.accumulate > 1 and self.cached > 1:
+            raise ConfigError(
+                f"optim.accumulate is {self.accumulate} and cached {self.cached}; one of them is 1: both split the batch, and "
+                "cached alone keeps its loss"
+            )
         for name in ("learning_rate", "warmup", "weight_decay", "clip_norm", "eps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"optim.{name} is {getattr(self, name)}; it must be at least 0 and finite")
@@ -151,12 +160,35 @@ class Export:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Devices: the batch is split over data x fsdp, parameters over fsdp."""
+    """Devices: the batch is split over data x fsdp, parameters over fsdp x tensor."""
 
     data: int = -1
     """Data-parallel devices; -1 for all that are left."""
     fsdp: int = 1
-    """Devices the parameters are split over."""
+    """Devices the parameters are split over, gathered layer by layer."""
+    tensor: int = 1
+    """Devices each layer's heads and hidden units are split over, never gathered; it divides the heads."""
+    slices: int = 1
+    """Slices of the hardware, joined by a slower network than within them: `data` alone reaches over it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Distributed:
+    """How long the processes of one run wait for each other, in seconds."""
+
+    start: int = 1800
+    """Until all processes have started."""
+    heartbeat: int = 100
+    """Without a sign of life of a process until it counts as lost, which ends the others."""
+    meet: int = 1800
+    """At a point all processes pass together: the first one's set-up, an export."""
+    step: int = 600
+    """A step that was run before may take ten times the median step, and at least so long; then the process ends itself."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if (value := getattr(self, field.name)) < 1:
+                raise ConfigError(f"distributed.{field.name} is {value}; it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +208,7 @@ class Config:
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
     export: Export = dataclasses.field(default_factory=Export)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
     writers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Metric writers besides metrics.jsonl and metrics.csv."""
     log_every: int = 10

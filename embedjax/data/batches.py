@@ -99,6 +99,12 @@ class Batches:
             self._cells += sum(mask.size for mask in masks)
         return self.data.sets[draw.set].name, columns
 
+    def blank(self, step: int) -> Batch:
+        """A batch of zeros in the shape of a step's: stands in where this process cannot read its rows, but others do."""
+        draw = self.order.at(step)
+        task, columns = self.shapes()[draw.set * len(self.table) + draw.bucket]
+        return task, _zeros(columns, self._mine.stop - self._mine.start)
+
     def iterate(self, start: int = 0) -> Generator[Batch, None, None]:
         """The batches from step `start` to the last, made ahead by threads from now on. Errors come out at their step."""
         steps = grain.MapDataset.range(start, self.steps).map(self.batch)
@@ -202,6 +208,12 @@ def _abstract(tree: Any, rows: int) -> Any:
     if isinstance(tree, dict):
         return {key: _abstract(leaf, rows) for key, leaf in tree.items()}
     return Abstract((rows, *tree.shape[1:]), tree.dtype)
+
+
+def _zeros(tree: Any, rows: int) -> Any:
+    if isinstance(tree, dict):
+        return {key: _zeros(leaf, rows) for key, leaf in tree.items()}
+    return np.zeros((rows, *tree.shape[1:]), tree.dtype)
 
 
 def _drain(batches: grain.DatasetIterator) -> Generator[Batch, None, None]:

@@ -212,4 +212,5 @@ def _on(mesh: DeviceMesh, leaf: Any) -> jax.Array:
 @functools.lru_cache(maxsize=64)
 def _forward(embedder: Embedder, mesh: DeviceMesh) -> Callable[[Any, Any], jax.Array]:
     """Compiled once a shape for all calls with equal embedders. Vectors are replicated, so that every host reads them."""
-    return jax.jit(lambda params, column: embedder.apply(params, column).pooled, out_shardings=sharding.replicated(mesh))
+    apply = sharding.in_sight(mesh, lambda params, column: embedder.apply(params, column).pooled)
+    return jax.jit(apply, out_shardings=sharding.replicated(mesh))

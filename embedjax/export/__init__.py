@@ -38,8 +38,7 @@ def export(
     folder = folder.absolute()
     if format not in FORMATS:
         raise ConfigError(f"unknown export format {format!r}; {nearest(format, FORMATS)}")
-    if len(model.config.towers) != 1:
-        raise ConfigError(f"{format} holds one tower; this model has {sorted(model.config.towers)}")
+    model = _alone(model, format)
     if folder.exists() and not replace and any(folder.iterdir()):
         raise StorageError(f"{folder}: exists and is not empty; choose another folder")
     (name, tower), part = next(iter(model.config.towers.items())), folder.with_name(folder.name + ".partial")
@@ -56,6 +55,22 @@ def export(
         shutil.rmtree(folder)
     part.rename(folder)
     return difference
+
+
+def _alone(model: Model, format: str) -> Model:
+    """The model with the one tower that encodes, without those that only guided its training."""
+    names = model.config.encoders
+    if len(names) != 1:
+        raise ConfigError(f"{format} holds one tower; this model has {list(names)}")
+    keep = lambda tree: {name: tree[name] for name in names}
+    return dataclasses.replace(
+        model,
+        config=dataclasses.replace(model.config, towers=keep(model.config.towers)),
+        embedders=keep(model.embedders),
+        params={"towers": keep(model.params["towers"])},
+        texts=keep(model.texts),
+        tokenizers=keep(model.tokenizers),
+    )
 
 
 def _exact(model: Model) -> Model:

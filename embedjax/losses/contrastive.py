@@ -1,19 +1,47 @@
-"""In-batch contrastive losses, dense: the definition every other form must equal.
+"""In-batch contrastive losses, dense: the definition every other form must equal. Arrays only: no model, no config.
 
-Each of B anchors is scored against N = B (1 + K) candidates: every row's positive and its K hard negatives. With K = 1,
-`+` the positive, `-` a negative, `x` a masked false negative (candidate 4 equals candidate 0):
+Each of B anchors ("queries") is scored against N = B (1 + K) candidates ("documents"): every row's positive and its K hard
+negatives. With K = 1, `+` the positive, `-` a negative, `x` a masked false negative (positive 2 is the text of positive 0):
 
-            p0 n0 p1 n1 p2 n2
-    anchor0  +  -  -  -  x  -
-    anchor1  -  -  +  -  -  -
-    anchor2  x  -  -  -  +  -
+            p0 p1 p2 | n0 n1 n2
+    anchor0  +  -  x |  -  -  -
+    anchor1  -  +  - |  -  -  -
+    anchor2  x  -  + |  -  -  -
+
+Four criteria, each a mean over the B rows, s the scores `scale * cosine`:
+
+* `softmax`: log-sum-exp of the row less the positive's score (Henderson et al. 2017, eq. 6; van den Oord et al. 2018, eq. 4).
+* `symmetric`: the mean of that and of the same down the column of the row's positive (Radford et al. 2021, figure 3). Only
+  positives have a row, so hard negatives are scored by anchors and score nothing, as in sentence-transformers.
+* `joint`: one log-sum-exp over the row, the column, the anchor against the other anchors and the positive against the other
+  rows' documents (Li et al. 2023, eq. 2; sentence-transformers' four directions with a joint partition).
+* `sigmoid`: softplus(-s) of the positive and softplus(s) of everything else, s = scale * cosine + bias, summed over the row
+  (Zhai et al. 2023, eq. 1).
 """
 
-from typing import NamedTuple
+import dataclasses
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt32
+
+from embedjax.losses.masks import Side, Term, counted, hardened
+
+Criterion = Literal["softmax", "symmetric", "joint", "sigmoid"]
+
+TERMS: dict[str, tuple[Term, ...]] = {
+    "softmax": (Term("query", "positive"), Term("query", "negative")),
+    "symmetric": (Term("query", "positive", both=True), Term("query", "negative")),
+    "joint": (
+        Term("query", "positive", both=True),
+        Term("query", "negative"),
+        Term("query", "query"),
+        Term("positive", "positive"),
+        Term("positive", "negative"),
+    ),
+    "sigmoid": (Term("query", "positive"), Term("query", "negative")),
+}
 
 
 class Hashes(NamedTuple):
@@ -23,46 +51,123 @@ class Hashes(NamedTuple):
     candidates: UInt32[Array, "B C 2"]
 
 
-def normalize(x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-    """Vectors of length 1 in float32; a zero vector stays zero, with a finite gradient."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24))
+class Guide(NamedTuple):
+    """Vectors of the same texts by another model, of any length; no gradient flows into them."""
+
+    anchor: Float[Array, "B G"]
+    candidates: Float[Array, "B C G"]
 
 
-def false_negatives(hashes: Hashes) -> Bool[Array, "B N"]:
-    """Candidates that are no negatives of a row: another text equal to its positive or to its anchor, and the positives of
-    other rows with an equal anchor. A row's own positive is never masked."""
-    b, c, _ = hashes.candidates.shape
-    flat_N2 = hashes.candidates.reshape(b * c, 2)
-    equal = lambda x_B2, y_N2: (x_B2[:, None] == y_N2[None]).all(-1)
-    as_positive_BN = equal(hashes.candidates[:, 0], flat_N2)
-    as_anchor_BN = equal(hashes.anchor, flat_N2)
-    of_equal_anchor_BN = equal(hashes.anchor, jnp.repeat(hashes.anchor, c, 0)) & (jnp.arange(b * c) % c == 0)[None]
-    own_BN = jnp.arange(b * c)[None] == (jnp.arange(b) * c)[:, None]
-    return (as_positive_BN | as_anchor_BN | of_equal_anchor_BN) & ~own_BN
+class Pairs(NamedTuple):
+    """What is compared: `candidates[:, 0]` are the positives, the rest hard negatives. `hashes` mask equal texts, `guide`
+    what another model finds too close to the anchor; None masks nothing."""
+
+    anchor: Float[Array, "B D"]
+    candidates: Float[Array, "B C D"]
+    hashes: Hashes | None = None
+    guide: Guide | None = None
 
 
-def multiple_negatives(
-    anchor: Float[Array, "B D"],
-    candidates: Float[Array, "B C D"],
-    scale: Float[Array, ""] | float,
-    masked: Bool[Array, "B N"] | None = None,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Multiple negatives ranking loss (Henderson et al. 2017, eq. 6; InfoNCE of van den Oord et al. 2018, eq. 4):
-    the mean over rows of -log softmax(scale * cosine) at the row's own positive.
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Which loss of a `Pairs`; static under jit.
 
-    `candidates[:, 0]` are the positives, the rest hard negatives; every row is scored against all N = B C of them except
-    the `masked`. Metrics: `top1`, the share of rows whose positive scores highest, and `positive`, its mean cosine.
+    `hardness` adds `strength` times the cosine, without gradient, to the scores of negatives of a kind: those of other rows
+    (Lan et al. 2025, eq. 5), the row's own hard negatives (EmbeddingGemma, Schechter Vera et al. 2025) or both.
+    A pair whose guide cosine is above that of the row's anchor and positive, less a margin (absolute, or a share of it), is
+    masked (GISTEmbed, Solatorio 2024).
     """
-    b, c, d = candidates.shape
-    # Accelerators multiply float32 in less by default; a score's error counts `scale` times.
-    cosine_BN = jnp.matmul(normalize(anchor), normalize(candidates).reshape(b * c, d).T, precision=jax.lax.Precision.HIGHEST)
-    scores_BN = scale * cosine_BN
-    if masked is not None:
-        scores_BN = jnp.where(masked, -jnp.inf, scores_BN)
-    own_B = jnp.arange(b) * c
+
+    criterion: Criterion = "softmax"
+    hardness: Literal["none", "in_batch", "hard", "all"] = "none"
+    strength: float = 0.0
+    margin: float = 0.0
+    margin_kind: Literal["absolute", "relative"] = "absolute"
+
+
+Loss = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
+
+
+def normalize(x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+    """Vectors of length 1 in float32 or better; a zero vector stays zero, with a finite gradient."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x * inverse_norm(x)[..., None]
+
+
+def inverse_norm(x: Float[Array, "*rows D"]) -> Float[Array, "*rows"]:
+    return jax.lax.rsqrt(jnp.maximum((x * x).sum(-1), 1e-24))
+
+
+def sides(pairs: Pairs, rule: Rule, first: Array | int = 0) -> dict[str, Side]:
+    """The queries, positives and hard negatives [B K] flat, with what decides which pairs count. `first` is the place of
+    row 0 in the global batch. The vectors are left as they come."""
+    b, c, d = pairs.candidates.shape
+    row_B = first + jnp.arange(b, dtype=jnp.int32)
+    made = {
+        "query": Side(pairs.anchor, row_B),
+        "positive": Side(pairs.candidates[:, 0], row_B),
+        "negative": Side(pairs.candidates[:, 1:].reshape(b * (c - 1), d), jnp.repeat(row_B, c - 1)),
+    }
+    if pairs.hashes is not None:
+        anchor, positive = pairs.hashes.anchor, pairs.hashes.candidates[:, 0]
+        negative = pairs.hashes.candidates[:, 1:].reshape(b * (c - 1), 2)
+        made["query"] = made["query"]._replace(text=anchor, partner=positive)
+        made["positive"] = made["positive"]._replace(text=positive, partner=anchor)
+        made["negative"] = made["negative"]._replace(text=negative)
+    if pairs.guide is not None:
+        anchor, candidates = jax.lax.stop_gradient((normalize(pairs.guide.anchor), normalize(pairs.guide.candidates)))
+        own_B = (anchor * candidates[:, 0]).sum(-1)
+        floor_B = own_B - (rule.margin if rule.margin_kind == "absolute" else rule.margin * jnp.abs(own_B))
+        made["query"] = made["query"]._replace(guide=anchor, floor=floor_B)
+        made["positive"] = made["positive"]._replace(guide=candidates[:, 0], floor=floor_B)
+        made["negative"] = made["negative"]._replace(guide=candidates[:, 1:].reshape(b * (c - 1), anchor.shape[-1]))
+    return made if c > 1 else {name: made[name] for name in ("query", "positive")}
+
+
+def terms(rule: Rule, found: dict[str, Side]) -> tuple[Term, ...]:
+    """The comparisons of a criterion whose sides are there."""
+    return tuple(term for term in TERMS[rule.criterion] if term.columns in found)
+
+
+def loss(pairs: Pairs, rule: Rule, scale: Float[Array, ""] | float, bias: Float[Array, ""] | float = 0.0) -> Loss:
+    """The loss of `rule`, with every score in memory. `bias` counts for the sigmoid alone: softmax does not see it.
+
+    Metrics: `top1`, the share of rows whose positive scores highest among the candidates, and `positive`, its mean cosine.
+    """
+    unit = normalize(pairs.anchor), normalize(pairs.candidates)
+    found = sides(pairs._replace(anchor=unit[0], candidates=unit[1]), rule)
+    rows, columns = [], []
+    for term in terms(rule, found):
+        x, y = found[term.rows], found[term.columns]
+        # Accelerators multiply float32 in less by default; a score's error counts `scale` times.
+        cosine_RN = jnp.matmul(x.vectors, y.vectors.T, precision=jax.lax.Precision.HIGHEST)
+        score_RN = scale * cosine_RN + (bias if rule.criterion == "sigmoid" else 0.0)
+        factor = hardened(term, rule.hardness, x, y)
+        hard_RN = score_RN if factor is None else score_RN + rule.strength * factor * jax.lax.stop_gradient(cosine_RN)
+        to_row, to_column = counted(term, x, y)
+        rows.append(_masked(hard_RN, to_row))
+        if term.both:
+            columns.append(_masked(score_RN, to_column).T)
     # The positive and the normaliser come from one product: mixing precisions would bias the gradient.
-    positive_B = jnp.take_along_axis(scores_BN, own_B[:, None], 1)[:, 0]
-    loss = (jax.nn.logsumexp(scores_BN, -1) - positive_B).mean()
-    top1 = (scores_BN.argmax(-1) == own_B).mean(dtype=jnp.float32)
-    return loss, {"top1": top1, "positive": jax.lax.stop_gradient(positive_B / scale).mean()}
+    own_B = jnp.diagonal(rows[0])
+    documents_BN = jnp.concatenate(rows[: 1 + ("negative" in found)], 1)
+    value = _criterion(rule, jnp.concatenate(rows, 1), columns, own_B)
+    positive = (unit[0] * unit[1][:, 0]).sum(-1).mean()
+    top1 = (documents_BN.argmax(-1) == jnp.arange(len(own_B))).mean(dtype=jnp.float32)
+    return value, {"top1": top1, "positive": jax.lax.stop_gradient(positive)}
+
+
+def _criterion(rule: Rule, rows_BM: Array, columns: list[Array], own_B: Array) -> Float[Array, ""]:
+    if rule.criterion == "sigmoid":
+        # softplus(-s) = softplus(s) - s, and softplus(-inf) = 0.
+        return (jax.nn.softplus(rows_BM).sum(-1) - own_B).mean()
+    if rule.criterion == "joint":
+        rows_BM = jnp.concatenate([rows_BM, *columns], 1)
+    normalizer_B = jax.nn.logsumexp(rows_BM, -1)
+    if rule.criterion == "symmetric":
+        normalizer_B = (normalizer_B + jax.nn.logsumexp(columns[0], -1)) / 2
+    return (normalizer_B - own_B).mean()
+
+
+def _masked(scores: Float[Array, "R N"], keep: Bool[Array, "R N"] | None) -> Float[Array, "R N"]:
+    return scores if keep is None else jnp.where(keep, scores, -jnp.inf)

@@ -1,5 +1,7 @@
 """How fast a run goes: pairs a second, waiting for data, and the share of the chip's peak."""
 
+import collections
+import statistics
 import time
 
 from embedjax.config import ModernBert, Transformer
@@ -39,14 +41,20 @@ class Pace:
         self.clock = clock
         self.last = clock()
         self.seconds = self.waited = self.pairs = self.flops = 0.0
+        self.durations: collections.deque[float] = collections.deque(maxlen=101)
 
     def step(self, pairs: int, flops: float, waited: float) -> None:
         """A step is done: its pairs, its FLOPs, and the seconds of it that were spent waiting for data."""
         now = self.clock()
+        self.durations.append(now - self.last)
         # Exponential forgetting over some 20 steps, so that the rates follow a change of bucket.
         for field, new in (("seconds", now - self.last), ("pairs", pairs), ("flops", flops), ("waited", waited)):
             setattr(self, field, 0.95 * getattr(self, field) + new)
         self.last = now
+
+    def usual(self) -> float:
+        """The median seconds of the last hundred steps; 0 before the first."""
+        return statistics.median(self.durations) if self.durations else 0.0
 
     def restart(self) -> None:
         """Leaves out the time since the last step: an evaluation or a compilation stood there."""

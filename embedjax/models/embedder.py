@@ -14,6 +14,7 @@ from embedjax.config.errors import ConfigError
 from embedjax.config.model import Architecture, Dense, Dtype, PoolingName
 from embedjax.models.families import family_of
 from embedjax.models.heads import init_projections, normalize, pool, project
+from embedjax.models.ops import by_rows
 
 Want = Literal["pooled", "tokens", "layers"]
 
@@ -92,7 +93,8 @@ class Embedder:
 
     def _head(self, params: dict[str, Any], tokens_BLD: Array, flat: dict[str, Array]) -> Array:
         pool_BL = flat.get("pool", flat["mask"])
-        x_BE = project(params.get("dense", {}), pool(tokens_BLD, flat["mask"], pool_BL, self.pooling), self.dense)
+        pooled_BD = by_rows(pool(tokens_BLD, flat["mask"], pool_BL, self.pooling))
+        x_BE = by_rows(project(params.get("dense", {}), pooled_BD, self.dense))
         return normalize(x_BE) if self.normalize else x_BE
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
-from embedjax.models.ops import ACTIVATIONS, attend, dropout, layer_norm, on_cpu, product, rotate
+from embedjax.models.ops import ACTIVATIONS, attend, by_rows, dropout, layer_norm, lookup, on_cpu, product, rotate
 
 MASKED = -1e9  # finite, so that a row of padding alone still has a softmax and a gradient
 
@@ -93,7 +93,8 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        return self.param("embedding", nn.initializers.normal(self.init_std), (self.rows, self.width), jnp.float32)[ids]
+        table = self.param("embedding", nn.initializers.normal(self.init_std), (self.rows, self.width), jnp.float32)
+        return lookup(table, ids)
 
 
 class Attention(nn.Module):
@@ -183,9 +184,11 @@ def stack(
 
     def layer(x: Array, slices: PyTree) -> Any:
         params, inputs = slices
-        return block.apply({"params": params}, x, view(inputs))
+        y: Any = block.apply({"params": params}, x, view(inputs))
+        return by_rows(y)
 
     layer = jax.checkpoint(layer) if tower.remat else layer
+    x_BLD = by_rows(x_BLD)
     stacked = tower.param("blocks", init), per_layer
     if tower.layers == "unroll" or (tower.layers == "auto" and on_cpu()):
         outputs = []

@@ -3,13 +3,17 @@
 Pure functions of arrays, without parameters of their own; axis letters as in `layers.py`.
 """
 
+import functools
 import math
 from collections.abc import Callable
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt32
 
 GOLDEN = np.uint32(0x9E3779B1)  # 2^32 / golden ratio: consecutive multiples of it lie far apart
@@ -45,8 +49,57 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+PLATFORM: ContextVar[str | None] = ContextVar("platform", default=None)
+"""What is traced for, when that is not this process' default device: "cpu", "gpu" or "tpu"."""
+
+
 def on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
+    return (PLATFORM.get() or jax.default_backend()) == "cpu"
+
+
+# ---- places
+
+
+def by_rows(x: Float[Array, "B *n"]) -> Float[Array, "B *n"]:
+    """x, split over the mesh by its first axis as batches are, and in no other way; without a mesh in sight simply x.
+
+    What a block passes on is said to lie so: left to itself XLA splits it as the next parameters are, and moves activations
+    where it could gather parameters.
+    """
+    axes = _free({"data", "fsdp"})
+    return jax.lax.with_sharding_constraint(x, P(axes)) if axes else x
+
+
+def lookup(table: Float[Array, "V D"], ids: Int[Array, "B *n"]) -> Float[Array, "B *n D"]:
+    """table[ids], the table whole on each device of the mesh in sight and the ids split by rows."""
+    axes = _free({"data", "fsdp"})
+    parts = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+    if parts == 1 or ids.shape[0] % parts:
+        return table[ids]
+    return _lookup(jax.lax.with_sharding_constraint(table, P()), ids, axes, parts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _lookup(table, ids, axes, parts):
+    """Its gradient is summed on each device, then over devices; XLA may gather the gradients of all rows first."""
+    return table[ids]
+
+
+def _lookup_bwd(axes, parts, residuals, g):
+    table, ids = residuals
+    split = lambda x, *rest: jax.lax.with_sharding_constraint(x.reshape(parts, -1, *rest), P(axes))
+    sums = jax.vmap(lambda i, rows: jnp.zeros_like(table).at[i].add(rows))(split(ids), split(g, g.shape[-1]))
+    return jax.lax.with_sharding_constraint(sums, P(axes)).sum(0), None
+
+
+_lookup.defvjp(lambda table, ids, axes, parts: (table[ids], (table, ids)), _lookup_bwd)
+
+
+def _free(names: set[str]) -> tuple[str, ...]:
+    """Which of these axes the mesh in sight has, without those that a `shard_map` around us has taken in its hands."""
+    mesh = jax.sharding.get_abstract_mesh()
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in types if name in names and kind == AxisType.Auto)
 
 
 # ---- products
@@ -90,16 +143,37 @@ def _row_major(x):
 # ---- norm
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(
     x: Float[Array, "*n D"], scale_D: Float[Array, "D"], bias_D: Float[Array, "D"] | None, eps: float
 ) -> Float[Array, "*n D"]:
-    """Layer normalisation over the last axis, computed in float32, returned in the type of x."""
+    """Layer normalisation over the last axis, computed in float32, returned in the type of x.
+
+    Keeps x for its gradient, where autodiff would keep three arrays of that size.
+    """
+    return _layer_norm_fwd(x, scale_D, bias_D, eps)[0]
+
+
+def _layer_norm_fwd(x, scale_D, bias_D, eps):
     y = x.astype(jnp.float32)
-    y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
+    mean = y.mean(-1, keepdims=True)
+    y = y - mean
+    rate = jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
     shape = (1,) * (x.ndim - 1) + scale_D.shape
-    y = y * scale_D.reshape(shape)
-    return (y if bias_D is None else y + bias_D.reshape(shape)).astype(x.dtype)
+    y = y * rate * scale_D.reshape(shape)
+    return (y if bias_D is None else y + bias_D.reshape(shape)).astype(x.dtype), (x, mean, rate, scale_D, bias_D)
+
+
+def _layer_norm_bwd(eps, residuals, g):
+    x, mean, rate, scale_D, bias_D = residuals
+    rows, g = tuple(range(x.ndim - 1)), g.astype(jnp.float32)
+    y = (x.astype(jnp.float32) - mean) * rate
+    of_y = g * scale_D.reshape((1,) * (x.ndim - 1) + scale_D.shape)
+    of_x = rate * (of_y - of_y.mean(-1, keepdims=True) - y * (of_y * y).mean(-1, keepdims=True))
+    return of_x.astype(x.dtype), (g * y).sum(rows), None if bias_D is None else g.sum(rows)
+
+
+layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
 
 
 # ---- dropout
@@ -141,9 +215,19 @@ def _drop_scores(p_BHLL, rate, seed_BL):
     return _keep(p_BHLL, seed_BL[:, None, :, None], feature, rate)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _keep(x, seed, feature, rate):
-    """A token's features walk the Weyl sequence from its seed; the mixer makes bits of it (splitmix, Steele et al. 2014)."""
+    """A token's features walk the Weyl sequence from its seed; the mixer makes bits of it (splitmix, Steele et al. 2014).
+
+    The gradient draws the same mask again: cheaper than to store it.
+    """
     return jnp.where(mix(seed + feature * GOLDEN) >= jnp.uint32(int(rate * 2**32)), x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+_keep.defvjp(
+    lambda x, seed, feature, rate: (_keep(x, seed, feature, rate), (seed, feature)),
+    lambda rate, residuals, g: (_keep(g, *residuals, rate), None, None),
+)
 
 
 # ---- attention
@@ -167,9 +251,22 @@ def attend(
     q = q * q.dtype.type(q.shape[-1] ** -0.5)
     # Heads are a batch axis: up to three times faster on a CPU than products over [B L H K].
     s_BHLL = jnp.einsum("bhqd,bhkd->bhqk", q.astype(dtype), k.astype(dtype), preferred_element_type=jnp.float32)
-    p_BHLL = jax.nn.softmax(s_BHLL + bias, axis=-1)
+    p_BHLL = _softmax(s_BHLL + bias)
     p_BHLL = _drop_scores(p_BHLL, rate, seed) if dropped else p_BHLL
     return jnp.einsum("bhqk,bhkd->bhqd", p_BHLL.astype(dtype), v.astype(dtype), preferred_element_type=q.dtype)
+
+
+@jax.custom_vjp
+def _softmax(x: Array) -> Array:
+    """Over the last axis. Keeps its result for the gradient, where autodiff keeps the exponentials beside it."""
+    return jax.nn.softmax(x, axis=-1)
+
+
+def _softmax_bwd(p, g):
+    return (p * (g - (g * p).sum(-1, keepdims=True)),)
+
+
+_softmax.defvjp(lambda x: (p := _softmax(x), p), _softmax_bwd)
 
 
 def rotate(x: Float[Array, "B H L K"], rope: tuple[Float[Array, "L K"], Float[Array, "L K"]]) -> Float[Array, "B H L K"]:

@@ -71,7 +71,7 @@ def embedjax_step(case: Case) -> Callable[[], float]:
     state = step.init_state(params, tx)
     mesh = sharding.make_mesh(config.Mesh())
     shardings = sharding.shardings(jax.eval_shape(lambda: state), mesh)
-    made = step.make(step.plain(objective.make(task, model, embedders)), tx, schedule, seed=0)
+    made = step.make(step.plain(objective.make(task, model, embedders, mesh)), tx, schedule, seed=0)
     jitted = step.jitted(made, shardings)
     ids, mask = token_ids(case.length), np.ones((PAIRS, case.length), bool)
     text = lambda n: {"ids": ids[:, n], "mask": mask}

@@ -1,110 +1,168 @@
-"""The definition of in-batch softmax against plain loops in float64, in value and gradient, on 1 to 8 devices."""
+"""The dense definition against loops in float64 that say what counts, pair by pair; gradients against its differences."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from embedjax.losses import contrastive
-from embedjax.losses.contrastive import Hashes
+from embedjax.losses import compose, contrastive
+from embedjax.losses.contrastive import Hashes, Pairs, Rule
 
-B, D = 8, 6
+CRITERIA = ("softmax", "symmetric", "joint", "sigmoid")
 
 
-def make(negatives, seed=0):
-    rng = np.random.default_rng(seed)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    # Few distinct words, so that equal anchors, positives and negatives all occur.
-    words = lambda *shape: np.stack([rng.integers(0, 4, shape), np.zeros(shape)], -1).astype(np.uint32)
-    return draw(B, D), draw(B, 1 + negatives, D), Hashes(words(B), words(B, 1 + negatives))
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def loops(anchor, candidates, scale, hashes):
-    """The loss, one row and one candidate at a time, in float64."""
-    unit = lambda x: x / np.linalg.norm(x)
-    total = 0.0
-    for i in range(B):
-        scores, own = [], None
-        for j in range(B):
-            for k in range(candidates.shape[1]):
-                word = hashes.candidates[j, k].tolist()
-                mine = j == i and k == 0
-                same_positive = word == hashes.candidates[i, 0].tolist()
-                same_anchor = word == hashes.anchor[i].tolist()
-                of_equal_anchor = k == 0 and hashes.anchor[j].tolist() == hashes.anchor[i].tolist()
-                if not mine and (same_positive or same_anchor or of_equal_anchor):
-                    continue
-                score = scale * float(unit(anchor[i].astype(np.float64)) @ unit(candidates[j, k].astype(np.float64)))
-                own = score if mine else own
-                scores.append(score)
-        total += np.log(np.exp(scores).sum()) - own
-    return total / B
+class Loops:
+    """The loss, one pair at a time."""
+
+    def __init__(self, pairs, rule, scale, bias, frozen=None):
+        self.rule, self.scale, self.bias, self.hashes = rule, scale, bias, pairs.hashes
+        self.frozen = frozen or self
+        vectors, guide = (unit(pairs.anchor), unit(pairs.candidates)), pairs.guide
+        self.b, self.c = pairs.candidates.shape[:2]
+        name = lambda kind, i, k: vectors[0][i] if kind == "query" else vectors[1][i, k]
+        self.cosine = lambda x, y: float(name(*x) @ name(*y))
+        if guide is not None:
+            g = unit(guide.anchor), unit(guide.candidates)
+            told = lambda kind, i, k: g[0][i] if kind == "query" else g[1][i, k]
+            self.guided = lambda x, y: float(told(*x) @ told(*y))
+        self.guide = guide
+
+    def word(self, item):
+        kind, i, k = item
+        return tuple((self.hashes.anchor[i] if kind == "query" else self.hashes.candidates[i, k]).tolist())
+
+    def counts(self, i, x, y):
+        """Whether y is a negative of row i, whose own text x it is compared with."""
+        kind, j, k = y
+        if self.hashes is not None:
+            query, positive = self.word(("query", i, 0)), self.word(("doc", i, 0))
+            if self.word(y) in (query, positive):
+                return False
+            if kind == "doc" and k == 0 and self.word(("query", j, 0)) == query:
+                return False
+            if kind == "query" and self.word(("doc", j, 0)) == positive:
+                return False
+        if self.guide is not None:
+            own = self.guided(("query", i, 0), ("doc", i, 0))
+            share = abs(own) if self.rule.margin_kind == "relative" else 1.0
+            if self.guided(x, y) > own - self.rule.margin * share:
+                return False
+        return True
+
+    def scores(self, i, x, candidates):
+        """Scores of text x of row i with those of the candidates that count."""
+        found = []
+        for y in candidates:
+            positive = {x, y} == {("query", i, 0), ("doc", i, 0)}
+            if not positive and not self.counts(i, x, y):
+                continue
+            score = self.scale * self.cosine(x, y) + (self.bias if self.rule.criterion == "sigmoid" else 0.0)
+            if x[0] == "query" and y[0] == "doc" and not positive:
+                mine = y[1] == i
+                if self.rule.hardness == "all" or self.rule.hardness == ("hard" if mine else "in_batch"):
+                    score += self.rule.strength * self.frozen.cosine(x, y)
+            found.append(score)
+        return found
+
+    def row(self, i):
+        query, positive = ("query", i, 0), ("doc", i, 0)
+        documents = [("doc", j, k) for j in range(self.b) for k in range(self.c)]
+        queries = [("query", j, 0) for j in range(self.b)]
+        forward, backward = self.scores(i, query, documents), self.scores(i, positive, queries)
+        own = self.scores(i, query, [positive])[0]
+        total = lambda scores: np.log(np.exp(scores).sum()) - own
+        if self.rule.criterion == "softmax":
+            return total(forward)
+        if self.rule.criterion == "symmetric":
+            return (total(forward) + total(backward)) / 2
+        if self.rule.criterion == "joint":
+            others = lambda items: [item for item in items if item[1] != i]
+            same = self.scores(i, query, others(queries)) + self.scores(i, positive, others(documents))
+            return total(forward + backward + same)
+        return np.log1p(np.exp(forward)).sum() - own
+
+    def value(self):
+        return np.mean([self.row(i) for i in range(self.b)])
 
 
-def loss(anchor, candidates, scale, hashes):
-    return contrastive.multiple_negatives(anchor, candidates, scale, contrastive.false_negatives(hashes))[0]
+def smaller(pairs, rows=7, width=6):
+    cut = jax.tree.map(lambda x: x[:rows], pairs)
+    return cut._replace(anchor=cut.anchor[..., :width], candidates=cut.candidates[..., :width])
 
 
-@pytest.mark.parametrize("negatives", [0, 1, 7])
-def test_equals_plain_loops(negatives):
-    anchor, candidates, hashes = make(negatives)
-    np.testing.assert_allclose(loss(anchor, candidates, 20.0, hashes), loops(anchor, candidates, 20.0, hashes), rtol=1e-5)
+def dense(pairs, rule, scale, bias):
+    return contrastive.loss(pairs, rule, scale, bias)[0]
 
 
-@pytest.mark.parametrize("negatives", [0, 3])
-def test_gradient_equals_differences_of_plain_loops(negatives):
-    anchor, candidates, hashes = make(negatives, seed=1)
-    found = jax.grad(loss, argnums=(0, 1, 2))(anchor, candidates, 5.0, hashes)
-    anchor64, candidates64, eps = anchor.astype(np.float64), candidates.astype(np.float64), 1e-6
-
-    def difference(array, index, value):
-        moved = []
-        for sign in (1, -1):
-            array[index] += sign * eps
-            moved.append(value())
-            array[index] -= sign * eps
-        return (moved[0] - moved[1]) / (2 * eps)
-
-    value = lambda: loops(anchor64, candidates64, 5.0, hashes)
-    wanted = [np.zeros_like(anchor64), np.zeros_like(candidates64)]
-    for array, out in zip((anchor64, candidates64), wanted, strict=True):
-        for index in np.ndindex(array.shape):
-            out[index] = difference(array, index, value)
-    np.testing.assert_allclose(found[0], wanted[0], atol=2e-6)
-    np.testing.assert_allclose(found[1], wanted[1], atol=2e-6)
-    scale = [loops(anchor64, candidates64, 5.0 + sign * eps, hashes) for sign in (1, -1)]
-    np.testing.assert_allclose(found[2], (scale[0] - scale[1]) / (2 * eps), rtol=1e-4)
-
-
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
-def test_same_on_any_number_of_devices(devices):
-    arrays = make(2, seed=2)
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-    placed = jax.device_put(arrays, NamedSharding(mesh, P("data")))
-    both = jax.jit(jax.value_and_grad(lambda a, c, h: loss(a, c, 20.0, h), argnums=(0, 1)))
-    for wanted, found in zip(jax.tree.leaves(both(*arrays)), jax.tree.leaves(both(*placed)), strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("negatives", [0, 2])
+@pytest.mark.parametrize("masks", ["none", "hashes", "guide"])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_equals_loops_in_value_and_gradient(make_pairs, criterion, masks, negatives):
+    pairs = smaller(make_pairs(negatives, duplicates=True, guide=masks == "guide", seed=negatives))
+    pairs = pairs._replace(hashes=None if masks == "none" else pairs.hashes)
+    hardness = ("none" if criterion == "sigmoid" else ("in_batch", "hard", "all")[len(masks) % 3], 3.0)
+    rule = Rule(criterion, *hardness, margin=0.1, margin_kind="relative" if negatives else "absolute")
+    scale, bias = 6.0, -1.5
+    with jax.enable_x64(True):
+        value, (grads, of_scale, of_bias) = jax.value_and_grad(
+            lambda vectors, scale, bias: dense(pairs._replace(anchor=vectors[0], candidates=vectors[1]), rule, scale, bias),
+            (0, 1, 2),
+        )((pairs.anchor, pairs.candidates), jnp.float64(scale), jnp.float64(bias))
+    loops = Loops(pairs, rule, scale, bias)
+    np.testing.assert_allclose(value, loops.value(), rtol=1e-12)
+    # Along a random direction, and along the scale and the bias; the hardness does not move.
+    rng, eps = np.random.default_rng(5), 1e-5
+    way = rng.normal(size=pairs.anchor.shape), rng.normal(size=pairs.candidates.shape)
+    moved = lambda t: pairs._replace(anchor=pairs.anchor + t * way[0], candidates=pairs.candidates + t * way[1])
+    at = lambda p, s, b: Loops(p, rule, s, b, frozen=loops).value()
+    slope = lambda f: (f(eps) - f(-eps)) / (2 * eps)
+    along = sum((np.asarray(g) * w).sum() for g, w in zip(grads, way, strict=True))
+    np.testing.assert_allclose(along, slope(lambda t: at(moved(t), scale, bias)), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(of_scale, slope(lambda t: at(pairs, scale + t, bias)), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(of_bias, slope(lambda t: at(pairs, scale, bias + t)), rtol=1e-6, atol=1e-8)
 
 
-def test_a_row_without_negatives_costs_nothing():
-    anchor, candidates, _ = make(0)
-    same = Hashes(np.zeros((B, 2), np.uint32), np.zeros((B, 1, 2), np.uint32))
-    value, grads = jax.value_and_grad(loss)(anchor, candidates, 20.0, same)
-    assert value == 0 and not np.any(grads)
+def test_matryoshka_is_the_weighted_sum_over_normalised_prefixes(make_pairs):
+    pairs, rule = smaller(make_pairs(1, duplicates=True)), Rule("joint")
+    with jax.enable_x64(True):
+        found = compose.matryoshka(contrastive.loss, (6, 2, 3), (1.0, 0.5, 2.0))(pairs, rule, 5.0)[0]
+    parts = [Loops(smaller(pairs, width=d), rule, 5.0, 0.0).value() for d in (6, 2, 3)]
+    np.testing.assert_allclose(found, parts[0] + 0.5 * parts[1] + 2 * parts[2], rtol=1e-12)
+
+
+def test_different_texts_mask_nothing(make_pairs):
+    pairs = make_pairs(1)
+    for criterion in CRITERIA:
+        rule = Rule(criterion)
+        assert dense(pairs, rule, 10.0, 0.0) == dense(pairs._replace(hashes=None), rule, 10.0, 0.0)
+
+
+@pytest.mark.parametrize("criterion", ["softmax", "symmetric", "joint"])
+def test_a_row_without_negatives_costs_nothing(criterion, make_pairs):
+    pairs = make_pairs(0)
+    same = Hashes(np.zeros_like(pairs.hashes.anchor), np.zeros_like(pairs.hashes.candidates))
+    value, grads = jax.value_and_grad(lambda a: dense(pairs._replace(anchor=a, hashes=same), Rule(criterion), 20.0, 0.0))(
+        pairs.anchor.astype(np.float32)
+    )
+    # The joint form scores the positive in both directions.
+    np.testing.assert_allclose(value, np.log(2) if criterion == "joint" else 0, atol=1e-6)
+    assert not np.any(grads)
 
 
 def test_zero_vectors_have_finite_gradients():
-    zeros = jnp.zeros((B, D)), jnp.zeros((B, 2, D))
-    value, grads = jax.value_and_grad(lambda a, c: contrastive.multiple_negatives(a, c, 20.0)[0], argnums=(0, 1))(*zeros)
-    np.testing.assert_allclose(value, np.log(2 * B), rtol=1e-6)
+    zeros = jnp.zeros((8, 6)), jnp.zeros((8, 2, 6))
+    value, grads = jax.value_and_grad(lambda v: dense(Pairs(*v), Rule(), 20.0, 0.0))(zeros)
+    np.testing.assert_allclose(value, np.log(16), rtol=1e-6)
     assert all(np.isfinite(g).all() for g in grads)
 
 
 def test_metrics_count_rows_whose_positive_wins():
-    eye = jnp.eye(B, D + 2)
-    _, metrics = contrastive.multiple_negatives(eye, eye[:, None], 20.0)
+    eye = jnp.eye(8, 10)
+    _, metrics = contrastive.loss(Pairs(eye, eye[:, None]), Rule(), 20.0)
     assert metrics["top1"] == 1 and metrics["positive"] == 1
-    _, metrics = contrastive.multiple_negatives(eye, jnp.roll(eye, 1, 0)[:, None], 20.0)
+    _, metrics = contrastive.loss(Pairs(eye, jnp.roll(eye, 1, 0)[:, None]), Rule(), 20.0)
     assert metrics["top1"] == 0

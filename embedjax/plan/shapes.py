@@ -1,0 +1,50 @@
+"""The shapes of a config's batches, from the config alone: no data set is opened and no tokenizer made."""
+
+from typing import Any
+
+import numpy as np
+
+from embedjax.config import Config, Set
+from embedjax.data.batches import Abstract
+from embedjax.data.columns import NUMBERS, tower_column
+from embedjax.data.order import make_table
+
+TEXTS = ("anchor", "positive", "negative")
+
+
+def shapes(config: Config) -> list[tuple[str, dict[str, Any]]]:
+    """(task, columns) of the global batch for every set and bucket, as `Batches.shapes` gives them with the data at hand.
+
+    `config` is resolved: towers without None.
+    """
+    return [
+        (task.name, _columns(config, task, lengths)) for task in config.data.sets for lengths in make_table(_buckets(config))
+    ]
+
+
+def _buckets(config: Config) -> tuple[tuple[int, int], ...]:
+    if config.data.buckets:
+        return config.data.buckets
+    used = {tower_column(name) for task in config.data.sets for name in task.columns if name not in NUMBERS}
+    longest = {name: config.model.towers[config.model.tower_of(name)].max_length or 0 for name in used}
+    anchor = longest.pop("anchor")
+    return ((anchor, min(longest.values(), default=anchor)),)
+
+
+def _columns(config: Config, task: Set, lengths: tuple[int, int]) -> dict[str, Any]:
+    rows = config.data.batch_size
+    columns: dict[str, Any] = {"hash": {}, "row": Abstract((rows,), np.dtype(np.int32))}
+    for name in TEXTS:
+        count = sum(tower_column(column) == name for column in task.columns if column not in NUMBERS)
+        if not count:
+            continue
+        tower = config.model.towers[config.model.tower_of(name)]
+        front = (rows, count) if name == "negative" else (rows,)
+        shape = (*front, lengths[0] if name == "anchor" else lengths[1])
+        columns[name] = {"ids": Abstract(shape, np.dtype(np.int32)), "mask": Abstract(shape, np.dtype(bool))}
+        if tower.include_prompt is False and (tower.prompts or {}).get(tower.prompt_for(name) or ""):
+            columns[name]["pool"] = Abstract(shape, np.dtype(bool))
+        columns["hash"][name] = Abstract((*front, 2), np.dtype(np.uint32))
+    for name in NUMBERS.keys() & task.columns.keys():
+        columns[NUMBERS[name]] = Abstract((rows,), np.dtype(np.int32 if name == "label" else np.float32))
+    return columns

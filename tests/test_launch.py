@@ -1,0 +1,418 @@
+"""launch/ without a cluster: scripts under shellcheck, manifests against schemas, and the programs they call stubbed."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from embedjax import launch
+from embedjax.__main__ import run
+from embedjax.config.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = ROOT / "launch"
+SETTINGS = {
+    "local": {},
+    "slurm": {"nodes": "2"},
+    "tpu-vm": {"zone": "z", "accelerator": "v5litepod-16", "run_dir": "gs://b/r"},
+    "jobset-tpu": {"image": "i", "run_dir": "gs://b/r", "slices": "2"},
+    "jobset-gpu": {"image": "i", "run_dir": "/shared/r", "hosts": "4"},
+    "sky": {"bucket": "b", "run_dir": "/checkpoints/r"},
+}
+
+
+# ---- scripts
+
+
+@pytest.mark.parametrize("name", ["slurm.sbatch", "tpu_vm.sh"])
+def test_scripts_are_sound(name):
+    subprocess.run(["bash", "-n", FILES / name], check=True)
+    beside = Path(sys.executable).parent / "shellcheck"
+    found = subprocess.run([beside if beside.exists() else "shellcheck", FILES / name], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+def stub(folder, name, script):
+    """A program of that name, first on the path, that writes its arguments down and then runs `script`."""
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    log = f'printf "%s\\n" "$(IFS="|"; echo "{name}|$*")" >> "{folder}/calls"'
+    path.write_text(f"#!/bin/bash\n{log}\n{script}\n")
+    path.chmod(0o755)
+
+
+def calls(folder):
+    return [line.split("|") for line in (folder / "calls").read_text().splitlines()]
+
+
+def with_stubs(folder, **variables):
+    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **variables}
+
+
+@pytest.mark.parametrize(
+    ("code", "count", "requeued"), [(0, 0, False), (75, 3, True), (70, 3, True), (70, 20, False), (2, 0, False)]
+)
+def test_slurm_requeues_what_was_saved_or_lost(code, count, requeued, tmp_path):
+    stub(tmp_path, "scontrol", 'if [ "$1" = show ]; then printf "a1\\na2\\n"; fi')
+    stub(tmp_path, "srun", f'echo "$EMBEDJAX_COORDINATOR $EMBEDJAX_PROCESS_COUNT"; exit {code}')
+    variables = {"SLURM_JOB_NODELIST": "a[1-2]", "SLURM_JOB_ID": "31", "SLURM_NTASKS": "2", "SLURM_RESTART_COUNT": str(count)}
+    command = ["bash", str(FILES / "slurm.sbatch"), "c.py", "--name", "two words"]
+    found = subprocess.run(command, env=with_stubs(tmp_path, **variables), capture_output=True, text=True)
+    assert found.stdout.startswith("a1:20031 2\n")
+    assert found.returncode == (0 if requeued else code)
+    assert (["scontrol", "requeue", "31"] in calls(tmp_path)) == requeued
+    srun = next(call for call in calls(tmp_path) if call[0] == "srun")
+    assert srun[-6:] == ["task", "embedjax", "train", "c.py", "--name", "two words"]
+
+
+def test_tpu_vm_waits_installs_runs_and_starts_over(tmp_path):
+    """The slice is taken away once: asked for, waited for, run; deleted, asked for again, run to the end, deleted."""
+    # States in the order they are asked for; after the run that was interrupted the request is suspended.
+    states = ["", "WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDED", "", "ACTIVE"]
+    (tmp_path / "states").write_text("\n".join(states) + "\n")
+    (tmp_path / "codes").write_text("75\n0\n")
+    take = lambda name: f'head -n 1 "{tmp_path}/{name}"; sed -i 1d "{tmp_path}/{name}"'
+    script = f'case "$*" in *describe*) {take("states")};; *embedjax\\ train*) echo "EMBEDJAX_EXIT=$({take("codes")})";; esac'
+    stub(tmp_path, "gcloud", script)
+    command = launch.prepare("tpu-vm", ["c.py", "--name", "two words"], {**SETTINGS["tpu-vm"], "name": "pod", "poll": "0"})
+    found = subprocess.run(command.argv, env=with_stubs(tmp_path, **command.environment), capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    made = [call[1:] for call in calls(tmp_path)]
+    queued, zone = ["compute", "tpus", "queued-resources"], ["--zone", "z"]
+    ask = [*queued, "describe", "pod", *zone, "--format=value(state.state)"]
+    create = [*queued, "create", "pod", "--node-id", "pod", *zone, "--accelerator-type", "v5litepod-16"]
+    create += ["--runtime-version", "v2-alpha-tpuv5-lite", "--spot"]
+    delete = [*queued, "delete", "pod", *zone, "--force", "--quiet"]
+    ssh = ["compute", "tpus", "tpu-vm", "ssh", "pod", *zone, "--worker=all", "--command"]
+    copy = ["compute", "tpus", "tpu-vm", "scp", "--recurse", str(ROOT), "pod:embedjax-checkout", *zone, "--worker=all"]
+    install = [*ssh, "python3 -m pip install --quiet -e 'embedjax-checkout[tpu]'"]
+    train = "cd embedjax-checkout 2>/dev/null; EMBEDJAX_COORDINATOR=auto python3 -m embedjax train "
+    train = [*ssh, train + r"c.py --name two\ words --run-dir gs://b/r ; echo EMBEDJAX_EXIT=$?"]
+    once = [copy, install, train]
+    assert made == [ask, create, ask, ask, *once, ask, delete, ask, create, ask, *once, delete]
+
+
+@pytest.mark.parametrize("code", [2, 5])
+def test_tpu_vm_gives_up_on_an_error(code, tmp_path):
+    stub(tmp_path, "gcloud", f'case "$*" in *describe*) echo ACTIVE;; *embedjax\\ train*) echo EMBEDJAX_EXIT={code};; esac')
+    command = launch.prepare("tpu-vm", ["c.py"], {**SETTINGS["tpu-vm"], "poll": "0", "keep": "1"})
+    found = subprocess.run(command.argv, env=with_stubs(tmp_path, **command.environment), capture_output=True, text=True)
+    assert found.returncode == code
+    assert not any("delete" in call for call in calls(tmp_path))
+
+
+# ---- manifests
+
+
+def strict(properties, required=()):
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+def many(items, **more):
+    return {"type": "array", "items": items, **more}
+
+
+TEXT, COUNT, FLAG = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
+LABELS = {"type": "object", "additionalProperties": TEXT}
+NAME = {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "maxLength": 63}
+# What the manifests use of jobset.x-k8s.io/v1alpha2 (kubernetes-sigs/jobset, reference of the API) and of batch/v1 and v1
+# (Kubernetes API reference): names, types, what is required, and the values that are allowed.
+CONTAINER = strict(
+    {
+        "name": NAME,
+        "image": {"type": "string", "minLength": 1},
+        "command": many(TEXT),
+        "args": many(TEXT),
+        "env": many(
+            strict(
+                {"name": TEXT, "value": TEXT, "valueFrom": strict({"fieldRef": strict({"fieldPath": TEXT}, ["fieldPath"])})},
+                ["name"],
+            )
+        ),
+        "ports": many(strict({"containerPort": {"type": "integer", "minimum": 1, "maximum": 65535}}, ["containerPort"])),
+        "resources": strict({"limits": {"type": "object", "additionalProperties": {"type": ["integer", "string"]}}}),
+        "volumeMounts": many(strict({"name": NAME, "mountPath": TEXT}, ["name", "mountPath"])),
+    },
+    ["name", "image"],
+)
+POD = strict(
+    {
+        "restartPolicy": {"enum": ["Never"]},  # Kubernetes asks it of a job with a pod failure policy
+        "terminationGracePeriodSeconds": COUNT,
+        "nodeSelector": LABELS,
+        "containers": many(CONTAINER, minItems=1),
+        "volumes": many(strict({"name": NAME, "emptyDir": strict({"medium": {"enum": ["", "Memory"]}})}, ["name"])),
+    },
+    ["containers", "restartPolicy"],
+)
+POD_RULE = strict(
+    {
+        "action": {"enum": ["FailJob", "FailIndex", "Ignore", "Count"]},
+        "onExitCodes": strict(
+            {
+                "containerName": TEXT,
+                "operator": {"enum": ["In", "NotIn"]},
+                "values": many({"type": "integer", "minimum": 1, "maximum": 255}, minItems=1, uniqueItems=True),
+            },
+            ["operator", "values"],
+        ),
+        "onPodConditions": many(strict({"type": TEXT, "status": {"enum": ["True", "False", "Unknown"]}}, ["type"])),
+    },
+    ["action"],
+)
+JOB = strict(
+    {
+        "completionMode": {"enum": ["Indexed", "NonIndexed"]},
+        "parallelism": COUNT,
+        "completions": COUNT,
+        "backoffLimit": COUNT,
+        "podFailurePolicy": strict({"rules": many(POD_RULE, maxItems=20)}, ["rules"]),
+        "template": strict({"metadata": strict({"labels": LABELS, "annotations": LABELS}), "spec": POD}, ["spec"]),
+    },
+    ["template"],
+)
+FAILURE_RULE = strict(
+    {
+        "name": {"type": "string", "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$", "maxLength": 128},
+        "action": {"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
+        "onJobFailureReasons": many(
+            {
+                "enum": [
+                    "BackoffLimitExceeded",
+                    "DeadlineExceeded",
+                    "FailedIndexes",
+                    "MaxFailedIndexesExceeded",
+                    "PodFailurePolicy",
+                ]
+            }
+        ),
+        "targetReplicatedJobs": many(TEXT),
+    },
+    ["action"],
+)
+JOBSET = strict(
+    {
+        "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"},
+        "kind": {"const": "JobSet"},
+        "metadata": strict({"name": NAME, "annotations": LABELS}, ["name"]),
+        "spec": strict(
+            {
+                "network": strict({"enableDNSHostnames": FLAG, "subdomain": TEXT, "publishNotReadyAddresses": FLAG}),
+                "failurePolicy": strict(
+                    {
+                        "maxRestarts": COUNT,
+                        "restartStrategy": {"enum": ["Recreate", "BlockingRecreate"]},
+                        "rules": many(FAILURE_RULE),
+                    }
+                ),
+                "replicatedJobs": many(
+                    strict(
+                        {
+                            "name": NAME,
+                            "replicas": COUNT,
+                            "template": strict({"metadata": strict({"annotations": LABELS}), "spec": JOB}, ["spec"]),
+                        },
+                        ["name", "template"],
+                    ),
+                    minItems=1,
+                ),
+            }
+        ),
+    },
+    ["apiVersion", "kind", "metadata", "spec"],
+)
+
+
+def manifest(target, **settings):
+    return yaml.safe_load(launch.prepare(target, ["configs/x.py", "--name", "two words"], SETTINGS[target] | settings).text)
+
+
+@pytest.mark.parametrize("target", ["jobset-tpu", "jobset-gpu"])
+def test_jobsets_follow_the_schema(target):
+    made = manifest(target)
+    jsonschema.Draft202012Validator.check_schema(JOBSET)
+    jsonschema.validate(made, JOBSET)
+    job = made["spec"]["replicatedJobs"][0]["template"]["spec"]
+    container = job["template"]["spec"]["containers"][0]
+    assert container["args"][:4] == ["train", "configs/x.py", "--name", "two words"] and container["args"][-2] == "--run-dir"
+    assert job["parallelism"] == job["completions"] == 4  # one pod a host
+    # Exit code 75 of our container fails the job for the reason that the set's rule restarts it for.
+    rules = job["podFailurePolicy"]["rules"]
+    assert rules[0]["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [75]}
+    assert made["spec"]["failurePolicy"]["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
+    broken = manifest(target)
+    broken["spec"]["failurePolicy"]["rules"][0]["action"] = "RestartAll"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(broken, JOBSET)
+
+
+def test_jobset_gpu_tells_the_pods_of_each_other():
+    made = manifest("jobset-gpu", name="bert")
+    env = made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["env"]
+    assert env[0]["value"] == "bert-node-0-0.bert:8476" and env[1]["value"] == "4"
+
+
+def test_sky():
+    task = yaml.safe_load((FILES / "sky.yaml").read_text())
+    known = {"name", "resources", "num_nodes", "workdir", "envs", "file_mounts", "setup", "run"}
+    assert set(task) <= known and {"name", "resources", "run"} <= set(task)
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75, 70]
+    assert set(re.findall(r"\$\{?([A-Z]+)\}?", task["setup"])) <= set(task["envs"])
+    command = launch.prepare("sky", ["c.py", "--name", "two words"], {**SETTINGS["sky"], "nodes": "2"}).argv
+    assert command[:4] == ["sky", "jobs", "launch", "--yes"] and command[-1].endswith("sky.yaml")
+    assert set(word.partition("=")[0] for flag, word in zip(command, command[1:], strict=False) if flag == "--env") <= set(
+        task["envs"]
+    )
+
+
+def test_sky_runs_the_arguments_as_given(tmp_path):
+    task = yaml.safe_load((FILES / "sky.yaml").read_text())
+    stub(tmp_path, "python3", 'echo "$EMBEDJAX_COORDINATOR $EMBEDJAX_PROCESS_COUNT $EMBEDJAX_PROCESS_ID"')
+    variables = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
+    variables |= {"CONFIG": "c.py", "ARGS": "--name 'two words'", "RUN_DIR": "/r"}
+    found = subprocess.run(["bash", "-c", task["run"]], env=with_stubs(tmp_path, **variables), capture_output=True, text=True)
+    assert found.stdout == "10.0.0.1:8476 2 1\n"
+    assert calls(tmp_path) == [["python3", "-m", "embedjax", "train", "c.py", "--run-dir", "/r", "--name", "two words"]]
+
+
+def test_dockerfile_copies_what_is_there():
+    lines = (FILES / "Dockerfile").read_text().splitlines()
+    sources = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
+    assert sources and all((ROOT / source).exists() for source in sources)
+    assert lines[-1] == 'ENTRYPOINT ["embedjax"]'
+
+
+# ---- the verb
+
+
+@pytest.mark.parametrize("target", launch.TARGETS)
+def test_dry_run_prints_and_runs_nothing(target, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("it ran"))
+    settings = [word for name, value in SETTINGS[target].items() for word in ("--with", f"{name}={value}")]
+    assert run(["launch", target, "c.py", *settings, "--steps", "3", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "c.py" in out and "--steps" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["slrm", "c.py"], ["slrm", "'slurm'"]),
+        (["slurm"], ["config file"]),
+        (["jobset-tpu", "c.py"], ["--with image=...", "--with run_dir=..."]),
+        (["sky", "c.py", "--with", "buket=b"], ["buket", "'bucket'"]),
+        (["local", "c.py", "--with", "processes"], ["NAME=VALUE"]),
+    ],
+)
+def test_wrong_launches(arguments, words, capsys):
+    assert run(["launch", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert all(word in err for word in words), err
+
+
+def test_a_program_that_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="kubectl is not installed"):
+        launch.run(launch.prepare("jobset-gpu", ["c.py"], SETTINGS["jobset-gpu"]))
+
+
+def test_an_installed_package_says_where_the_files_are(monkeypatch, tmp_path):
+    monkeypatch.setattr(launch, "__file__", str(tmp_path / "site-packages" / "embedjax" / "launch.py"))
+    with pytest.raises(ConfigError, match="clone it"):
+        launch.prepare("local", ["c.py"], {})
+
+
+# ---- several processes of this machine
+
+
+def pretender(tmp_path, script):
+    """An environment in which `python -m embedjax` is a small script."""
+    package = tmp_path / "pretended" / "embedjax"
+    package.mkdir(parents=True)
+    (package / "__main__.py").write_text(
+        f"import os, sys, time, pathlib, signal\nfolder = pathlib.Path({str(tmp_path)!r})\n{script}\n"
+    )
+    return {**os.environ, "PYTHONPATH": str(package.parent), "CUDA_VISIBLE_DEVICES": ""}
+
+
+TELL = """
+name = os.environ["EMBEDJAX_PROCESS_ID"]
+log = folder / f"log-{name}"
+with log.open("a") as file:
+    print(os.environ["EMBEDJAX_PROCESS_COUNT"], *sys.argv[1:], file=file)
+attempt = len(log.read_text().splitlines())
+"""
+
+
+def local(tmp_path, script, **variables):
+    command = [sys.executable, str(FILES / "local.py"), "2", "c.py", "--steps", "3"]
+    return subprocess.run(
+        command, env=pretender(tmp_path, TELL + script) | variables, capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+
+
+def test_local_starts_again_when_a_process_is_lost(tmp_path):
+    """First one is killed and the other reports the loss; then all are saved; then all come to the end."""
+    script = (
+        'if attempt == 1:\n    os.kill(os.getpid(), 9) if name == "1" else sys.exit(70)\nsys.exit(75 if attempt == 2 else 0)'
+    )
+    found = local(tmp_path, script)
+    assert found.returncode == 0 and found.stderr.count("starting 2 processes again") == 2
+    for name in "01":
+        assert (tmp_path / f"log-{name}").read_text() == "2 train c.py --steps 3\n" * 3
+
+
+def test_local_gives_up_on_an_error_and_on_too_many_losses(tmp_path):
+    assert local(tmp_path, 'sys.exit(3 if name == "1" else 70)').returncode == 3
+    shutil.rmtree(tmp_path / "pretended")
+    found = local(tmp_path, "sys.exit(70)", RESTARTS="1")
+    assert found.returncode == 70 and found.stderr.count("again") == 1
+
+
+def test_local_ends_those_that_hang(tmp_path):
+    found = local(tmp_path, 'sys.exit(2) if name == "1" else time.sleep(60)', PATIENCE="0.5")
+    assert found.returncode == 2
+
+
+@pytest.mark.slow
+def test_local_trains_saves_and_resumes(tmp_path, pairs_file):
+    config = tmp_path / "small.py"
+    config.write_text(
+        "from embedjax.config import *\n"
+        "def config():\n"
+        "    arch = Bert(vocab_size=128, width=16, depth=1, heads=2, mlp=32, positions=16)\n"
+        "    tower = Tower(arch=arch, tokenizer='wordpiece', max_length=8)\n"
+        f"    sets = (Set(File({str(pairs_file)!r}), {{'anchor': 'question', 'positive': 'answer'}}),)\n"
+        "    return Config(steps=400, model=Model({'text': tower}), data=Data(batch_size=16, sets=sets), log_every=1,\n"
+        "                  checkpoint=Checkpoint(every=100000), export=Export('none'))\n"
+    )
+    folder = tmp_path / "run"
+    command = launch.prepare("local", [str(config), "--run-dir", str(folder)], {"processes": "2"}).argv
+    variables = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    metrics = folder / "metrics.jsonl"
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, env=variables, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 240
+            while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(120) == 75, (tmp_path / "log").read_text()
+        finally:
+            process.kill()
+    done = metrics.read_text().count("\n")
+    assert 5 < done < 400
+    again = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=280)
+    assert again.returncode == 0, again.stderr
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 401))
