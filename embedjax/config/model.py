@@ -196,7 +196,7 @@ class Model:
     towers: dict[str, Tower] = dataclasses.field(default_factory=dict)
     """Towers by name."""
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Tower of each column, such as {"anchor": "query"}; with one tower every column is its."""
+    """Tower of each column, such as {"anchor": "query"}; with one tower that encodes every column is its."""
 
     @property
     def encoders(self) -> tuple[str, ...]:
@@ -207,6 +207,6 @@ class Model:
         """The name of the tower that encodes a column; `negative_2` follows `negative`."""
         if column in self.columns:
             return self.columns[column]
-        if len(self.towers) == 1:
-            return next(iter(self.towers))
+        if len(self.encoders) == 1:
+            return self.encoders[0]
         raise ConfigError(f"model.columns names no tower for column {column!r}; it has {sorted(self.columns)}")

@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -251,7 +252,7 @@ def attend(
     q = q * q.dtype.type(q.shape[-1] ** -0.5)
     # Heads are a batch axis: up to three times faster on a CPU than products over [B L H K].
     s_BHLL = jnp.einsum("bhqd,bhkd->bhqk", q.astype(dtype), k.astype(dtype), preferred_element_type=jnp.float32)
-    p_BHLL = _softmax(s_BHLL + bias)
+    p_BHLL = cast(Array, _softmax(s_BHLL + bias))
     p_BHLL = _drop_scores(p_BHLL, rate, seed) if dropped else p_BHLL
     return jnp.einsum("bhqk,bhkd->bhqd", p_BHLL.astype(dtype), v.astype(dtype), preferred_element_type=q.dtype)
 
