@@ -21,7 +21,7 @@ LOST = 8e-30
 COLUMNS, ASPECT = 1024, 2
 # Scores of a strip of rows against all columns, and the fewest rows it may have: the columns' gradient is read and written
 # once a strip.
-STRIP, SHORTEST = 2**22, 64
+STRIP, SHORTEST = 2**23, 64
 
 
 @dataclasses.dataclass(frozen=True)
