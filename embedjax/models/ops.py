@@ -213,7 +213,7 @@ def _drop_scores(p_BHLL, rate, seed_BL):
     _, H, L, _ = p_BHLL.shape
     head = jnp.arange(H, dtype=jnp.uint32)[None, :, None, None] * jnp.uint32(1 << 16)
     feature = head + jnp.arange(L, dtype=jnp.uint32)[None, None, None, :]
-    return _keep(p_BHLL, seed_BL[:, None, :, None], feature, rate)
+    return cast(Array, _keep(p_BHLL, seed_BL[:, None, :, None], feature, rate))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
