@@ -166,7 +166,7 @@ GOOD = "question\tanswer\n" + "red cat\tcat red\n" * 40
         ("columns.tsv", GOOD.replace("answer", "reply"), 3, ["answer", "reply"]),
         ("few.tsv", "question\tanswer\n" + "a\tb\n" * 5, 3, ["5 rows", "batch_size 16"]),
         ("bad.parquet", b"PAR1 this is no parquet PAR1", 3, ["bad.parquet"]),
-        ("cut.jsonl.gz", gzip.compress(b'{"question": "a", "answer": "b"}\n' * 900)[:40], 3, ["cut.jsonl.gz"]),
+        ("cut.jsonl.gz", gzip.compress(b'{"question": "a", "answer": "b"}\n' * 900, mtime=0)[:40], 3, ["cut.jsonl.gz"]),
         ("utf8.tsv", GOOD.encode() + b"\xff\xfe\tdog\n" * 30, 3, ["are bad", "utf8.tsv"]),
         ("blank.tsv", GOOD + "\tdog\n" * 30, 3, ["are bad", "blank.tsv"]),
         ("broken.jsonl", '{"question": "a", "answer": "b"}\n' * 40 + "{nonsense\n" * 40, 3, ["are bad", "broken.jsonl"]),
