@@ -11,7 +11,7 @@ from embedjax import build, config, sharding, step
 
 B, L, D, F, V = 16, 6, 24, 40, 36
 ARCH = config.Bert(
-    vocab_size=V, width=D, depth=2, heads=4, mlp=F, positions=8, dropout=0.2, attention_dropout=0.2, init_std=0.2
+    vocab_size=V, width=D, depth=2, heads=8, mlp=F, positions=8, dropout=0.2, attention_dropout=0.2, init_std=0.2
 )
 TOWER = config.Tower(arch=ARCH, pooling="mean", max_length=L, layers="scan")
 CONFIG = build.resolve(
@@ -26,7 +26,7 @@ CONFIG = build.resolve(
         export=config.Export("none"),
     )
 )
-MESHES = [(n // f // t, f, t) for n in (1, 2, 4, 8) for f in (1, 2, 4, 8) for t in (1, 2, 4) if n % (f * t) == 0]
+MESHES = [(n // f // t, f, t) for n in (1, 2, 4, 8) for f in (1, 2, 4, 8) for t in (1, 2, 4, 8) if n % (f * t) == 0]
 USUAL = [(8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2)]
 ids = lambda mesh: "x".join(map(str, mesh))
 
