@@ -396,7 +396,7 @@ def run(arguments: Sequence[str]) -> int:
             raise
         reason = next(line for line in str(error).splitlines() if "RESOURCE_EXHAUSTED" in line)
         return _fail(
-            f"the device is out of memory: a smaller data.batch_size, remat or optim.accumulate needs less ({reason})", 2
+            f"the device is out of memory: a smaller data.batch_size, remat or optim.cached needs less ({reason})", 2
         )
     return 0
 
