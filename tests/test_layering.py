@@ -17,6 +17,7 @@ LEVELS = (
     ("export",),
     ("build",),
     ("train", "preview", "search", "doctor", "plan", "launch"),
+    ("commands",),
     ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -1,0 +1,349 @@
+"""The verbs of the command line: each reads its arguments, then imports and calls what does the work."""
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from embedjax import supervise
+from embedjax.config import Bert, Config, Data, Evaluate, File, Model, Retrieval, Set, Sts, Tower
+from embedjax.config.errors import CheckFailed, ConfigError
+
+# What `train --help` without a config file shows the fields of.
+EXAMPLE = Config(model=Model({"text": Tower(arch=Bert())}), data=Data(sets=(Set(),)), evaluate=Evaluate(tasks=(Retrieval(),)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Trains an experiment, or goes on with the one in its run folder."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    run_dir: Path | None = None
+    """Run folder (default runs/NAME)."""
+    fresh: bool = False
+    """Move an old run in the folder aside and start anew."""
+    dry_run: bool = False
+    """Print the resolved config, shapes, memory and three rows; train nothing."""
+    profile: str = ""
+    """Steps to trace, such as 10:13; the trace lands in the run folder's profile/."""
+
+
+def train(arguments: Sequence[str]) -> None:
+    """train CONFIG [options]"""
+    config, rest, shown = _config_of("train", arguments)
+    options = tyro.cli(
+        Train, default=Train(config), args=rest, prog=f"embedjax train {shown}", config=(tyro.conf.AvoidSubcommands,)
+    )
+    if options.dry_run:
+        from embedjax.preview import preview
+
+        for line in preview(options.config):
+            print(line, flush=True)
+        return
+    from embedjax import distributed
+
+    distributed.start(options.config.distributed)
+    _let_the_first_speak()
+    from embedjax.train import train as run  # not before: importing it touches the devices
+
+    run(options.config, options.run_dir, fresh=options.fresh, profile=_steps(options.profile))
+
+
+def _config_of(command: str, arguments: Sequence[str]) -> tuple[Config, list[str], str]:
+    """(the config of the file named first, the rest of the arguments, the file); with --help alone, an example's."""
+    from embedjax.config.load import from_file
+
+    if not arguments or arguments[0].startswith("-"):
+        if not {"-h", "--help"} & set(arguments):
+            raise ConfigError(f"{command} needs a config file: embedjax {command} CONFIG.py [--FIELD VALUE ...]")
+        return EXAMPLE, list(arguments), "CONFIG"
+    config = from_file(Path(arguments[0]))
+    if config.name == "run":
+        config = dataclasses.replace(config, name=Path(arguments[0]).stem)
+    return config, list(arguments[1:]), arguments[0]
+
+
+def _let_the_first_speak() -> None:
+    """The other processes of a run log what is their own alone, and say whose it is."""
+    if process := supervise.facts.get("process"):
+        logging.getLogger().setLevel(logging.ERROR)
+        logging.getLogger("embedjax").setLevel(logging.WARNING)
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(logging.Formatter(f"process {process}: %(message)s"))
+
+
+def _steps(text: str) -> range | None:
+    if not text:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 0 < int(first) < int(last)):
+        raise ConfigError(f"--profile is {text!r}; it must be FIRST:LAST, such as 10:13")
+    return range(int(first), int(last))
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """evaluate MODEL --task TASK --data FILE"""
+
+    def command(
+        model: tyro.conf.Positional[str],
+        task: Literal["sts", "retrieval"],
+        data: str,
+        columns: str = "",
+        names: str = "",
+        queries: str = "",
+        corpus: str = "",
+        limit: int = 0,
+    ) -> tuple:
+        """Scores a model.
+
+        Args:
+            model: Run folder, exported folder, Hugging Face or sentence-transformers folder, or hub id.
+            task: sts: correlation with scored pairs; retrieval: ranking of each query's documents.
+            data: File of scored pairs, of query-document pairs, or (with --corpus) of judgements.
+            columns: Ours=theirs, comma-separated: a=sentence1,b=sentence2,score=score for sts;
+                query=question,document=answer for retrieval; query_id=..,document_id=..,relevance=.. for judgements.
+            names: Comma-separated column names of a CSV or TSV file without a header row.
+            queries: With --corpus: file of queries (columns _id, text).
+            corpus: File of documents (columns _id, title, text).
+            limit: At most so many rows; 0 for all.
+        """
+        source = File(data, names=tuple(filter(None, names.split(","))))
+        chosen = _pairs(columns)
+        if task == "sts":
+            made = Sts(source, chosen or {"a": "sentence1", "b": "sentence2", "score": "score"}, limit=limit)
+        else:
+            paired = {"query": "query", "document": "document"}
+            judged = {"query_id": "query-id", "document_id": "corpus-id", "relevance": "score"}
+            if bool(queries) != bool(corpus):
+                raise ConfigError("--queries and --corpus go together")
+            made = Retrieval(
+                source,
+                chosen or (judged if corpus else paired),
+                File(queries) if queries else None,
+                File(corpus) if corpus else None,
+                limit=limit,
+            )
+        return model, made
+
+    name, task = tyro.cli(command, args=arguments, prog="embedjax evaluate")
+    from embedjax.config import Mesh
+    from embedjax.evaluate import tasks
+    from embedjax.load import load
+    from embedjax.sharding import make_mesh
+
+    for key, value in tasks.evaluate(load(name), tasks.prepare((task,)), mesh=make_mesh(Mesh())).items():
+        print(f"{key}\t{value:.4f}")
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = {}
+    for part in filter(None, text.split(",")):
+        ours, sign, theirs = part.partition("=")
+        if not (ours and sign and theirs):
+            raise ConfigError(f"--columns holds {part!r}; it must be OURS=THEIRS, such as query=question")
+        pairs[ours] = theirs
+    return pairs
+
+
+def encode(arguments: Sequence[str]) -> None:
+    """encode MODEL INPUT OUTPUT"""
+
+    def command(
+        model: tyro.conf.Positional[str],
+        input: tyro.conf.Positional[str],
+        output: tyro.conf.Positional[str],
+        column: str = "",
+        tower: Literal["anchor", "positive"] = "positive",
+        prompt: str = "",
+    ) -> tuple:
+        """Writes one vector a text. The same command after a kill goes on where it stopped.
+
+        Args:
+            model: Run folder, exported folder, Hugging Face or sentence-transformers folder, or hub id.
+            input: .txt with a text a line, .jsonl, .csv, .tsv or .parquet.
+            output: .npy (float32, N x E) or .parquet (texts and vectors).
+            column: Column of the texts in the input (default: the only one, or "text").
+            tower: Where query and document towers differ: anchor encodes queries, positive documents.
+            prompt: Name of one of the model's prompts.
+        """
+        return model, input, output, column, tower, prompt
+
+    name, source, output, column, tower, prompt = tyro.cli(command, args=arguments, prog="embedjax encode")
+    from embedjax.config import Mesh
+    from embedjax.evaluate.files import encode_file
+    from embedjax.evaluate.progress import Display
+    from embedjax.load import load
+    from embedjax.sharding import make_mesh
+
+    with Display("encode") as progress:
+        rows = encode_file(
+            load(name),
+            source,
+            output,
+            column=column or None,
+            as_column=tower,
+            prompt=prompt or None,
+            mesh=make_mesh(Mesh()),
+            progress=progress,
+        )
+    print(f"{output}: {rows} vectors")
+
+
+def search(arguments: Sequence[str]) -> None:
+    """search MODEL --corpus FILE QUERY"""
+
+    def command(
+        model: tyro.conf.Positional[str],
+        query: tyro.conf.Positional[str],
+        corpus: str,
+        column: str = "",
+        k: int = 5,
+    ) -> tuple:
+        """Prints the texts of a corpus nearest to a query.
+
+        Args:
+            model: Run folder, exported folder, Hugging Face or sentence-transformers folder, or hub id.
+            query: What to look for.
+            corpus: File of texts (.txt, .jsonl, .csv, .tsv, .parquet), or a folder whose Python functions are the texts.
+            column: Column of the texts (default: the only one, or "text").
+            k: How many to print.
+        """
+        return model, query, corpus, column, k
+
+    name, query, path, column, k = tyro.cli(command, args=arguments, prog="embedjax search")
+    from embedjax import search as finder
+    from embedjax.config import Mesh
+    from embedjax.evaluate.progress import Display
+    from embedjax.load import load
+    from embedjax.sharding import make_mesh
+
+    model, corpus = load(name), finder.open_corpus(path, column or None)
+    with Display("encode the corpus") as progress:
+        mesh = make_mesh(Mesh())
+        hits = finder.search(model, corpus, query, k, mesh=mesh, cache=finder.cache_folder(), progress=progress)
+    finder.show(hits)
+
+
+def export(arguments: Sequence[str]) -> None:
+    """export MODEL FOLDER | export FOLDER --check"""
+
+    def command(
+        model: tyro.conf.Positional[str],
+        folder: tyro.conf.Positional[str] = "",
+        format: Literal["sentence-transformers", "hf"] = "sentence-transformers",
+        check: bool = False,
+    ) -> tuple:
+        """Writes a folder that others load, and compares it with the model; or checks a folder written before.
+
+        Args:
+            model: The model; with --check the exported folder.
+            folder: Where to write; must not exist or be empty.
+            format: sentence-transformers: encoder, pooling and head, read by sentence-transformers, text-embeddings-inference
+                and vLLM; hf: the bare encoder.
+            check: Read an exported folder in every consumer that is installed and compare with the vectors it was
+                exported with.
+        """
+        return model, folder, format, check
+
+    name, folder, format, check = tyro.cli(command, args=arguments, prog="embedjax export")
+    if check:
+        from embedjax.export import gate
+
+        found = gate.check(Path(name))
+        for consumer, difference in found.items():
+            print(f"{consumer}\t{'not installed' if difference is None else f'largest difference {difference:.1e}'}")
+        gate.judge(Path(name), found)
+        return
+    if not folder:
+        raise ConfigError("export needs a folder to write: embedjax export MODEL FOLDER (or export FOLDER --check)")
+    from embedjax.export import export as write
+    from embedjax.load import load
+
+    difference = write(load(name), Path(folder), format)
+    print(f"exported {folder} (largest difference {difference:.1e})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Compiles an experiment's training step for devices that are not here: does it fit, how long will it take?"""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    topology: str = ""
+    """Which devices: v5e:16x16, v6e:8x8, v6e:16x16*2 (two slices), v5p:4x4x4, h100:64, h200:8, a100:8, b200:8 or cpu:8."""
+    search: bool = False
+    """Find the largest batch that fits."""
+    memory: float = 0
+    """GiB a device has; 0 for the chip's own."""
+    tries: int = 8
+    """When it does not fit: at most so many changes are tried."""
+    json: Path | None = None
+    """Write the numbers to this file too."""
+
+
+def plan(arguments: Sequence[str]) -> None:
+    """plan CONFIG --topology TOPOLOGY"""
+    import json
+
+    config, rest, shown = _config_of("plan", arguments)
+    options = tyro.cli(
+        Plan, default=Plan(config), args=rest, prog=f"embedjax plan {shown}", config=(tyro.conf.AvoidSubcommands,)
+    )
+    from embedjax.plan import ahead, table
+
+    say = lambda line: print(line, file=sys.stderr, flush=True)
+    found = ahead.plan(
+        options.config,
+        options.topology,
+        search=options.search,
+        memory=options.memory or None,
+        tries=options.tries,
+        progress=say,
+    )
+    for line in table.lines(found):
+        print(line)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if not ahead.fits(found):
+        raise CheckFailed(f"it does not fit on {options.topology}")
+
+
+def launch(arguments: Sequence[str]) -> None:
+    """launch TARGET CONFIG [--with NAME=VALUE ...] [--dry-run] [what train takes]"""
+    from embedjax import launch as launcher
+
+    if code := launcher.main(arguments):
+        sys.exit(code)
+
+
+def doctor(arguments: Sequence[str]) -> None:
+    """doctor [FOLDER ...]"""
+
+    def command(folders: tyro.conf.Positional[tuple[str, ...]] = ("runs",)) -> tuple[str, ...]:
+        """Prints devices, versions, the allocator, and whether data and run folders can be used.
+
+        Args:
+            folders: Folders to look at.
+        """
+        return folders
+
+    folders = tyro.cli(command, args=arguments, prog="embedjax doctor")
+    from embedjax.doctor import report
+
+    for what, finding, well in report([Path(folder) for folder in folders]):
+        print(f"{'ok  ' if well else 'look'}  {what:<22} {finding}", flush=True)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "encode": encode,
+    "search": search,
+    "export": export,
+    "plan": plan,
+    "launch": launch,
+    "doctor": doctor,
+}
