@@ -28,10 +28,10 @@ hub id. `embedjax COMMAND --help` tells more."""
 
 def run(arguments: Sequence[str]) -> int:
     """Runs a command and returns its exit code; what went wrong is told in one line on standard error."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if arguments else 2
     try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(USAGE, flush=True)
+            return 0 if arguments else 2
         if arguments[0] not in COMMANDS:
             raise ConfigError(f"unknown command {arguments[0]!r}; {nearest(arguments[0], COMMANDS)}")
         COMMANDS[arguments[0]](arguments[1:])

@@ -67,3 +67,23 @@ def tiny_config(pairs_file):
         checkpoint=c.Checkpoint(every=5),
         log_every=1,
     )
+
+
+@pytest.fixture
+def config_file(tmp_path, pairs_file):
+    """`make(steps)` -> a config file of a tiny run, for commands that start processes of their own."""
+
+    def make(steps: int) -> pathlib.Path:
+        path = tmp_path / "small.py"
+        path.write_text(
+            "from embedjax.config import *\n"
+            "def config():\n"
+            "    arch = Bert(vocab_size=128, width=16, depth=1, heads=2, mlp=32, positions=16)\n"
+            "    tower = Tower(arch=arch, tokenizer='wordpiece', max_length=8)\n"
+            f"    sets = (Set(File({str(pairs_file)!r}), {{'anchor': 'question', 'positive': 'answer'}}),)\n"
+            f"    return Config(steps={steps}, model=Model({{'text': tower}}), data=Data(batch_size=16, sets=sets),\n"
+            "                  log_every=1, checkpoint=Checkpoint(every=100000), export=Export('none'))\n"
+        )
+        return path
+
+    return make

@@ -384,17 +384,8 @@ def test_local_ends_those_that_hang(tmp_path):
 
 
 @pytest.mark.slow
-def test_local_trains_saves_and_resumes(tmp_path, pairs_file):
-    config = tmp_path / "small.py"
-    config.write_text(
-        "from embedjax.config import *\n"
-        "def config():\n"
-        "    arch = Bert(vocab_size=128, width=16, depth=1, heads=2, mlp=32, positions=16)\n"
-        "    tower = Tower(arch=arch, tokenizer='wordpiece', max_length=8)\n"
-        f"    sets = (Set(File({str(pairs_file)!r}), {{'anchor': 'question', 'positive': 'answer'}}),)\n"
-        "    return Config(steps=400, model=Model({'text': tower}), data=Data(batch_size=16, sets=sets), log_every=1,\n"
-        "                  checkpoint=Checkpoint(every=100000), export=Export('none'))\n"
-    )
+def test_local_trains_saves_and_resumes(tmp_path, config_file):
+    config = config_file(400)
     folder = tmp_path / "run"
     command = launch.prepare("local", [str(config), "--run-dir", str(folder)], {"processes": "2"}).argv
     variables = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}

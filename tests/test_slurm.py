@@ -136,17 +136,8 @@ def steps(run):
     return [json.loads(line)["step"] for line in file.read_text().splitlines() if line.strip()] if file.exists() else []
 
 
-def test_a_job_is_requeued_and_resumes(slurm, tmp_path, pairs_file):
-    config = tmp_path / "small.py"
-    config.write_text(
-        "from embedjax.config import *\n"
-        "def config():\n"
-        "    arch = Bert(vocab_size=128, width=16, depth=1, heads=2, mlp=32, positions=16)\n"
-        "    tower = Tower(arch=arch, tokenizer='wordpiece', max_length=8)\n"
-        f"    sets = (Set(File({str(pairs_file)!r}), {{'anchor': 'question', 'positive': 'answer'}}),)\n"
-        "    return Config(steps=4000, model=Model({'text': tower}), data=Data(batch_size=16, sets=sets), log_every=1,\n"
-        "                  checkpoint=Checkpoint(every=100000), export=Export('none'))\n"
-    )
+def test_a_job_is_requeued_and_resumes(slurm, tmp_path, config_file):
+    config = config_file(4000)
     run, log = tmp_path / "run", tmp_path / "job.log"
     variables = {
         **slurm,
