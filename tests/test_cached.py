@@ -95,7 +95,10 @@ def test_cached_streamed_loss_is_the_plain_dense_one(place, case):
         config.Set(columns=names, loss=dataclasses.replace(loss, form=form)), BAG_MODEL, BAG, mesh
     )
     table = np.random.default_rng(0).normal(size=(32, D)).astype(np.float32)
-    params = {"towers": {"text": {"encoder": {"table": table}}}, "loss": objective.loss_params(config.Set(loss=loss))}
+    params = {
+        "towers": {"text": {"encoder": {"table": table}}},
+        "loss": objective.loss_params(config.Set(loss=loss), BAG_MODEL, BAG, jax.random.key(0)),
+    }
     wanted = jax.jit(step.plain(make("dense", ONE)))(params, {}, columns, KEY)
     devices = (1, 2, 4, 8)[place % 4]
     mesh, form = mesh_of(devices), "ring" if devices > 1 else "tiled"
@@ -159,7 +162,7 @@ def parts(cell, *, form, remat, mesh):
     task = dataclasses.replace(cell.task, loss=dataclasses.replace(cell.loss, form=form))
     init = jax.jit(embedders["text"].init)
     params = {"towers": {name: init(jax.random.key(i)) for i, name in enumerate(names)}}
-    params |= {"loss": found} if (found := objective.loss_params(task)) else {}
+    params |= {"loss": found} if (found := objective.loss_params(task, model, embedders, jax.random.key(0))) else {}
     return objective.make(task, model, embedders, mesh), *optim.partition(params, cell.frozen)
 
 

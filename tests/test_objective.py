@@ -67,18 +67,19 @@ def test_auto_goes_by_the_scores_a_device_would_hold(devices, width, form):
         "anchor": jax.ShapeDtypeStruct((rows, 8), jnp.float32),
         "positive": jax.ShapeDtypeStruct((rows, 1, 8), jnp.float32),
     }
-    text = str(jax.make_jaxpr(lambda o: made.loss({}, o, (None, None))[0])(outputs))
+    text = str(jax.make_jaxpr(lambda o: made.loss({}, o, (None, None), None)[0])(outputs))
     assert ("ppermute" in text) == (form == "ring")
     assert (f"f32[{rows},{rows}]" in text) == (form == "dense")
 
 
 def test_clip_and_siglip_train_scale_and_bias_within_bounds():
     task = lambda loss: config.Set(columns={"anchor": "a", "positive": "b"}, loss=loss)
+    initial = lambda loss: objective.loss_params(task(loss), MODEL, EMBEDDERS, jax.random.key(0))
     clip = config.MultipleNegatives(criterion="symmetric", scale=1 / 0.07, learn_scale=True)
-    assert objective.loss_params(task(clip)).keys() == {"scale"}
-    found = objective.loss_params(task(config.Siglip()))
+    assert initial(clip).keys() == {"scale"}
+    found = initial(config.Siglip())
     np.testing.assert_allclose((found["scale"], found["bias"]), (np.log(10.0), -10.0), rtol=1e-6)
-    assert not objective.loss_params(task(config.Siglip(learn_scale=False, learn_bias=False)))
+    assert not initial(config.Siglip(learn_scale=False, learn_bias=False))
     for value, kept in ((9.0, np.log(100.0)), (-1.0, 0.0), (2.0, 2.0)):
         held = objective.bound({"towers": {}, "loss": {"scale": jnp.float32(value), "bias": jnp.float32(-50.0)}})["loss"]
         np.testing.assert_allclose((held["scale"], held["bias"]), (kept, -50.0), rtol=1e-6)
@@ -92,7 +93,7 @@ def test_the_metrics_of_every_form_hold_the_cosine_of_the_positives_and_what_is_
     mesh = sharding.make_mesh(config.Mesh(2, 2, tensor=2))
     params = {"loss": {"scale": jnp.log(jnp.float32(10.0)), "bias": jnp.float32(-10.0)}}
     metrics = {
-        form: jax.jit(make(config.Siglip(form=form, matryoshka=(8, 16)), mesh).loss)(params, outputs, (None, None))[1]
+        form: jax.jit(make(config.Siglip(form=form, matryoshka=(8, 16)), mesh).loss)(params, outputs, (None, None), None)[1]
         for form in ("dense", "tiled", "ring")
     }
     unit = contrastive.normalize
@@ -124,7 +125,7 @@ def test_a_guide_masks_what_it_finds_close():
     told = Guide(vectors("wise", columns["anchor"]), vectors("wise", documents))
     wanted = contrastive.loss(Pairs(outputs["anchor"], outputs["positive"], None, told), Rule(margin=0.05), 20.0)[0]
     unmasked = contrastive.loss(Pairs(outputs["anchor"], outputs["positive"]), Rule(), 20.0)[0]
-    np.testing.assert_allclose(made.loss(trained, outputs, targets)[0], wanted, rtol=1e-5)
+    np.testing.assert_allclose(made.loss(trained, outputs, targets, None)[0], wanted, rtol=1e-5)
     assert abs(wanted - unmasked) > 1e-3
     with pytest.raises(ConfigError, match="optim.freeze"):
         made.targets({}, columns)

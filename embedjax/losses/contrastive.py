@@ -75,7 +75,8 @@ class Rule:
     `hardness` adds `strength` times the cosine, without gradient, to the scores of negatives of a kind: those of other rows
     (Lan et al. 2025, eq. 5), the row's own hard negatives (EmbeddingGemma, Schechter Vera et al. 2025) or both.
     A pair whose guide cosine is above that of the row's anchor and positive, less a margin (absolute, or a share of it), is
-    masked (GISTEmbed, Solatorio 2024).
+    masked (GISTEmbed, Solatorio 2024). With similarity "dot" vectors are multiplied as they are: read "product" for "cosine",
+    save in what is said of the guide.
     """
 
     criterion: Criterion = "softmax"
@@ -83,14 +84,20 @@ class Rule:
     strength: float = 0.0
     margin: float = 0.0
     margin_kind: Literal["absolute", "relative"] = "absolute"
+    similarity: Literal["cosine", "dot"] = "cosine"
 
 
 Loss = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
 
 
+def floats(x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+    """In float32 or better."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def normalize(x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
     """Vectors of length 1 in float32 or better; a zero vector stays zero, with a finite gradient."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = floats(x)
     return x * inverse_norm(x)[..., None]
 
 
@@ -134,7 +141,8 @@ def loss(pairs: Pairs, rule: Rule, scale: Float[Array, ""] | float, bias: Float[
 
     Metrics: `top1`, the share of rows whose positive scores highest among the candidates, and `positive`, its mean cosine.
     """
-    unit = normalize(pairs.anchor), normalize(pairs.candidates)
+    make = normalize if rule.similarity == "cosine" else floats
+    unit = make(pairs.anchor), make(pairs.candidates)
     found = sides(pairs._replace(anchor=unit[0], candidates=unit[1]), rule)
     rows, columns = [], []
     for term in terms(rule, found):

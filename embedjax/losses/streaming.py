@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from embedjax.losses import ring, tiles
 from embedjax.losses.contrastive import Loss, Pairs, Rule, inverse_norm, normalize, sides, terms
@@ -28,17 +28,20 @@ def loss(
     bound: float = 100.0,
     dims: Sequence[int] = (),
     weights: Sequence[float] = (),
+    chosen: Bool[Array, "P"] | None = None,
     tile: int = 0,
 ) -> Loss:
     """`contrastive.loss`, or with `dims` `compose.matryoshka` of it, in memory linear in the batch.
 
-    `bound` is what the scale never exceeds: it decides how exponentials are kept in range. `tile` is the columns of a tile,
-    0 for a good size. Metrics: `positive`, the mean cosine of anchor and positive.
+    `bound` is what the scale never exceeds: it decides how exponentials are kept in range. `chosen` are the prefixes that count
+    this time, None for all. `tile` is the columns of a tile, 0 for a good size. Metrics: `positive`, the mean cosine of anchor
+    and positive.
     """
     made = _prepare(pairs, rule, scale, bias, bound, dims, weights, 0)
-    strip = 0 if tile else _strip(made)
+    strip = 0 if tile or chosen is not None else _strip(made)
     if not strip:
-        value_B, cosine_B = per_row(pairs, rule, scale, bias, bound=bound, dims=dims, weights=weights, tile=tile)
+        options = {"bound": bound, "dims": dims, "weights": weights, "chosen": chosen, "tile": tile}
+        value_B, cosine_B = per_row(pairs, rule, scale, bias, **options)
         return value_B.mean(), {"positive": cosine_B.mean()}
     total = cast(Array, one_way(made.form, made.terms, strip, made.factors, made.rows, made.columns, made.lift))
     value = total - (made.own @ jnp.asarray(made.factors, made.own.dtype)).mean()
@@ -54,6 +57,7 @@ def per_row(
     bound: float,
     dims: Sequence[int],
     weights: Sequence[float],
+    chosen: Bool[Array, "P"] | None,
     tile: int,
     axis: tuple[str, ...] = (),
     first: Array | int = 0,
@@ -70,7 +74,10 @@ def per_row(
         row_BP = (row_BP + column_BP) / 2
     elif rule.criterion == "joint":
         row_BP = jnp.logaddexp(row_BP, column_BP)
-    value_B = (row_BP - made.own) @ jnp.asarray(made.factors, made.own.dtype)
+    factor_P = jnp.asarray(made.factors, made.own.dtype)
+    if chosen is not None:
+        factor_P = jnp.where(chosen[jnp.asarray(sorted(range(len(dims)), key=lambda p: dims[p]))], factor_P, 0)
+    value_B = (row_BP - made.own) @ factor_P
     return value_B, _cosine(made, scale, bias)
 
 
@@ -87,6 +94,8 @@ class _Prepared(NamedTuple):
 
 
 def _prepare(pairs: Pairs, rule: Rule, scale, bias, bound: float, dims, weights, first: Array | int) -> _Prepared:
+    if rule.similarity != "cosine":
+        raise ValueError("tiles hold cosines, whose scores are bounded; products of vectors take the dense form")
     order = sorted(range(len(dims)), key=lambda p: dims[p])
     ascending = tuple(dims[p] for p in order)
     sigmoid = rule.criterion == "sigmoid"

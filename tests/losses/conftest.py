@@ -44,9 +44,10 @@ class Comparison:
         made = objective.make(task, model, embedders, self.mesh)
 
         def value(params, vectors, targets):
-            return made.loss(params, dict(zip(("anchor", "positive"), vectors, strict=True)), targets)[0]
+            return made.loss(params, dict(zip(("anchor", "positive"), vectors, strict=True)), targets, None)[0]
 
-        self.initial = {name: np.asarray(x) for name, x in objective.loss_params(task).items()}
+        initial = objective.loss_params(task, model, embedders, jax.random.key(0))
+        self.initial = {name: np.asarray(x) for name, x in initial.items()}
         self.both = jax.jit(jax.value_and_grad(value, (0, 1)))
 
     def arguments(self, pairs):
@@ -79,7 +80,7 @@ class Comparison:
 
         def value(params, vectors):
             learned = params["loss"]
-            scale = jax.numpy.exp(learned["scale"]) if loss.learn_scale else loss.scale
+            scale = jax.numpy.exp(learned["scale"]) if loss.learn_scale else loss.scale or 20.0
             return whole(pairs._replace(anchor=vectors[0], candidates=vectors[1]), rule, scale, learned.get("bias", 0.0))[0]
 
         params = {"loss": {name: np.asarray(x, np.float64) for name, x in self.initial.items()}}

@@ -1,17 +1,20 @@
-"""Which loss a data set is trained with: a union of dataclasses, one a loss."""
+"""In-batch losses: every anchor against all documents of the global batch."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from embedjax.config.errors import ConfigError
+from embedjax.config.losses.pooled import Pooled
 
 
 @dataclasses.dataclass(frozen=True)
-class InBatch:
+class InBatch(Pooled):
     """What every in-batch loss has: each anchor is scored against all positives and hard negatives of the global batch."""
 
-    scale: float = 20.0
-    """Factor on the cosine similarity, at most 100: 1 / temperature."""
+    takes: ClassVar[tuple[str, ...]] = ("negative",)
+
+    scale: float | None = None
+    """Factor on the similarity, at most 100: 1 / temperature. None is 20 on cosines, 1 on dot products."""
     learn_scale: bool = False
     """Train the logarithm of the scale, held in [0, ln 100]."""
     mask_duplicates: bool = True
@@ -22,10 +25,6 @@ class InBatch:
     """How far below the guide's score of the positive a negative must stay."""
     guide_margin_kind: Literal["absolute", "relative"] = "absolute"
     """Whether the margin is a cosine or a share of the positive's."""
-    matryoshka: tuple[int, ...] = ()
-    """Prefix lengths of the embedding that are trained at once, losses summed; empty for the whole embedding alone."""
-    matryoshka_weights: tuple[float, ...] = ()
-    """Weight of each prefix; empty for 1."""
     form: Literal["auto", "dense", "tiled", "ring"] = "auto"
     """How it is computed, with the same result: all scores at once, in tiles, or in tiles with documents travelling round the
     devices; auto goes by what a device would have to hold."""
@@ -33,19 +32,14 @@ class InBatch:
     """Candidates in a tile; 0 for a good number."""
 
     def __post_init__(self):
+        super().__post_init__()
         name = type(self).__name__
-        if not 0 < self.scale <= 100:
+        if self.scale is not None and not 0 < self.scale <= 100:
             raise ConfigError(f"{name}.scale is {self.scale}; it must be above 0 and at most 100")
         if self.tile < 0:
             raise ConfigError(f"{name}.tile is {self.tile}; it must be at least 0")
         if self.guide_margin < 0:
             raise ConfigError(f"{name}.guide_margin is {self.guide_margin}; it must be at least 0")
-        if any(d < 1 for d in self.matryoshka) or len(set(self.matryoshka)) < len(self.matryoshka):
-            raise ConfigError(f"{name}.matryoshka is {self.matryoshka}; prefix lengths are at least 1 and differ")
-        if self.matryoshka_weights and len(self.matryoshka_weights) != len(self.matryoshka):
-            raise ConfigError(
-                f"{name}.matryoshka_weights has {len(self.matryoshka_weights)} numbers for {len(self.matryoshka)} prefixes"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +69,11 @@ class MultipleNegatives(InBatch):
 class Siglip(InBatch):
     """Sigmoid loss (Zhai et al. 2023): every pair of the global batch is a yes or a no of its own."""
 
-    scale: float = 10.0
-    """Factor on the cosine similarity, at most 100."""
+    scale: float | None = 10.0
+    """Factor on the similarity, at most 100."""
     learn_scale: bool = True
     """Train the logarithm of the scale, held in [0, ln 100]."""
     bias: float = -10.0
     """Added to every score: at first nearly all pairs are negatives."""
     learn_bias: bool = True
     """Train the bias."""
-
-
-Loss = MultipleNegatives | Siglip

@@ -1,0 +1,50 @@
+"""Distillation: the student's vectors or scores are to be the teacher's, which take no gradient. Arrays only."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from embedjax.losses.contrastive import floats
+from embedjax.losses.pairwise import Similarity, norm, similarity
+
+
+def vectors(
+    student: Float[Array, "B C D"], teacher: Float[Array, "B C D"], kind: Literal["mse", "l2", "cosine"]
+) -> Float[Array, ""]:
+    """The mean over texts of the squared difference a number (Reimers & Gurevych 2020, eq. 1), of the Euclidean distance, or of
+    1 - cosine (Kim et al. 2023, section 3). One teacher vector [B 1 D] serves all texts of a row."""
+    teacher = jax.lax.stop_gradient(floats(teacher))
+    if kind == "cosine":
+        return (1 - similarity(student, teacher, "cosine")).mean()
+    difference = floats(student) - teacher
+    return (difference**2).mean() if kind == "mse" else norm(difference).mean()
+
+
+def scores(anchor: Float[Array, "B D"], candidates: Float[Array, "B C D"], kind: Similarity) -> Float[Array, "B C"]:
+    """Of each row's own candidates: the positive first, then the hard negatives."""
+    return similarity(anchor[:, None], candidates, kind)
+
+
+def margin_mse(scores_BC: Float[Array, "B C"], teacher: Float[Array, "B S"]) -> Float[Array, ""]:
+    """Hofstätter et al. 2020, eq. 6: the mean squared error of s(positive) - s(negative) against the teacher's, over rows and
+    negatives. `teacher` holds these differences [B C-1], or the scores themselves [B C]."""
+    teacher = jax.lax.stop_gradient(teacher)
+    if teacher.shape[1] == scores_BC.shape[1]:
+        teacher = teacher[:, :1] - teacher[:, 1:]
+    return ((scores_BC[:, :1] - scores_BC[:, 1:] - teacher) ** 2).mean()
+
+
+def kl(
+    scores_BC: Float[Array, "B C"], teacher: Float[Array, "B C"], temperature: float, teacher_temperature: float
+) -> Float[Array, ""]:
+    """Lin et al. 2020, eq. 5: the mean over rows of KL(teacher || student) of the softmax over the row's candidates, times the
+    square of the student's temperature, so that the gradient keeps its size (Hinton et al. 2015, section 2)."""
+    log_teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher) / teacher_temperature, -1)
+    return divergence(log_teacher, jax.nn.log_softmax(scores_BC / temperature, -1)).mean() * temperature**2
+
+
+def divergence(log_p: Float[Array, "*n C"], log_q: Float[Array, "*n C"]) -> Float[Array, "*n"]:
+    """KL(p || q)."""
+    return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)

@@ -1,0 +1,136 @@
+"""In-batch losses: which scores, in which form (dense, tiled or in a ring), what masks them, and what of them is trained."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from embedjax.config import InBatch, Model, MultipleNegatives, Set, Siglip
+from embedjax.config.errors import ConfigError
+from embedjax.config.model import Similarity
+from embedjax.losses import contrastive, streaming
+from embedjax.losses.compose import matryoshka
+from embedjax.losses.contrastive import Guide, Hashes, Pairs, Rule
+from embedjax.models.embedder import Embedder
+from embedjax.objective.encoding import frozen_tower, texts
+from embedjax.objective.kinds import MAX_SCALE, Objective
+from embedjax.objective.wrapped import chosen_prefixes
+from embedjax.sharding import BATCH_AXES
+
+# Scores a device may hold at once: 16 MB of them a matrix. Below, one block is all there is and tiles save nothing; above,
+# each of the dense form's matrices leaves the cache, then the memory.
+DENSE_SCORES = 2**22
+
+
+def in_batch(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: Mesh) -> Objective:
+    """Raises ConfigError for a guide that does not fit, and for a form that does not hold the towers' similarity."""
+    loss = task.loss
+    assert isinstance(loss, InBatch)
+    if model.similarity == "dot" and loss.form not in ("auto", "dense"):
+        raise ConfigError(f'form {loss.form!r} holds cosines alone; take "auto" or "dense" for towers of similarity "dot"')
+    guide = _guide(loss, model, embedders)
+    compare = _comparison(loss, mesh, model.similarity, first_scale(loss, model))
+
+    def targets(constants, columns):
+        hashes = None
+        if loss.mask_duplicates:
+            found = columns["hash"]
+            parts = [found["positive"][:, None]] + ([found["negative"]] if "negative" in found else [])
+            hashes = Hashes(found["anchor"], jnp.concatenate(parts, 1))
+        return hashes, guide(constants, columns)
+
+    def value(params, outputs, targets, key):
+        learned = params.get("loss", {})
+        scale = jnp.exp(learned["scale"]) if loss.learn_scale else first_scale(loss, model)
+        bias = 0.0
+        if isinstance(loss, Siglip):
+            bias = learned["bias"] if loss.learn_bias else loss.bias
+        pairs, chosen = Pairs(outputs["anchor"], outputs["positive"], *targets), chosen_prefixes(loss, key)
+        found, metrics = compare(pairs, scale, bias, chosen)
+        metrics |= {"scale": scale} if loss.learn_scale else {}
+        return found, metrics | ({"bias": bias} if isinstance(loss, Siglip) and loss.learn_bias else {})
+
+    return Objective(texts(task, model, embedders), targets, value)
+
+
+def first_scale(loss: InBatch, model: Model) -> float:
+    """The factor on the scores, at first if it is learned."""
+    if loss.scale is not None:
+        return loss.scale
+    return 20.0 if model.similarity == "cosine" else 1.0
+
+
+def _comparison(loss: InBatch, mesh: Mesh, similarity: Similarity, scale: float) -> Callable[..., contrastive.Loss]:
+    """`(pairs, scale, bias, chosen) -> (loss, metrics)` of the global batch, in the form the config or the size asks for."""
+    rule = _rule(loss, similarity)
+    dense = functools.partial(contrastive.loss, rule=rule)
+    whole = lambda pairs, scale, bias, chosen: dense(pairs, scale=scale, bias=bias)
+    if loss.matryoshka:
+        prefixed = matryoshka(dense, loss.matryoshka, loss.matryoshka_weights)
+        whole = lambda pairs, scale, bias, chosen: prefixed(pairs, chosen=chosen, scale=scale, bias=bias)
+    options = {
+        "bound": MAX_SCALE if loss.learn_scale else scale,
+        "dims": loss.matryoshka,
+        "weights": loss.matryoshka_weights,
+        "tile": loss.tile,
+    }
+    forms = {
+        "dense": whole,
+        "tiled": lambda pairs, scale, bias, chosen: streaming.loss(pairs, rule, scale, bias, chosen=chosen, **options),
+        "ring": lambda pairs, scale, bias, chosen: _ring(pairs, rule, scale, bias, chosen, mesh, options),
+    }
+
+    def compare(pairs: Pairs, scale, bias, chosen) -> contrastive.Loss:
+        form = loss.form if loss.form != "auto" else "dense" if similarity == "dot" else _form(pairs, mesh)
+        return forms[form](pairs, scale, bias, chosen)
+
+    return compare
+
+
+def _form(pairs: Pairs, mesh: Mesh) -> str:
+    """The form for a batch of this size: dense while a device's share of the scores is small."""
+    rows, count, _ = pairs.candidates.shape
+    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if rows * rows * count // devices <= DENSE_SCORES:
+        return "dense"
+    return "ring" if devices > 1 else "tiled"
+
+
+def _ring(pairs: Pairs, rule: Rule, scale, bias, chosen, mesh: Mesh, options: dict) -> contrastive.Loss:
+    """The tiled loss with every device's own rows, documents travelling round the batch axes."""
+
+    def local(pairs, scale, bias, chosen):
+        first = jax.lax.axis_index(BATCH_AXES) * pairs.anchor.shape[0]
+        return streaming.per_row(pairs, rule, scale, bias, axis=BATCH_AXES, first=first, chosen=chosen, **options)
+
+    # The bodies of the loops begin with plain zeros, which the check of varying axes refuses; nothing else would differ.
+    specs = (P(BATCH_AXES), P(), P(), P())
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(BATCH_AXES), check_vma=False)
+    scale, bias = (jnp.asarray(x, jnp.result_type(x, jnp.float32)) for x in (scale, bias))
+    value_B, cosine_B = sharded(pairs, scale, bias, chosen)
+    return value_B.mean(), {"positive": cosine_B.mean()}
+
+
+def _rule(loss: InBatch, similarity: Similarity) -> Rule:
+    criterion, hardness, strength = "sigmoid", "none", 0.0
+    if isinstance(loss, MultipleNegatives):
+        criterion, hardness, strength = loss.criterion, loss.hardness, loss.hardness_strength
+    return Rule(criterion, hardness, strength, loss.guide_margin, loss.guide_margin_kind, similarity)
+
+
+def _guide(loss: InBatch, model: Model, embedders: Mapping[str, Embedder]) -> Callable[[Any, dict], Guide | None]:
+    """`(constants, columns) -> Guide`: the guide tower's vectors of the same texts, which it must tokenize the same way."""
+    if not loss.guide:
+        return lambda constants, columns: None
+    encode = frozen_tower("guide", loss.guide, ("anchor", "positive"), model, embedders)
+
+    def guide(constants, columns):
+        outputs = encode(constants, columns)
+        return Guide(outputs["anchor"], outputs["positive"])
+
+    return guide

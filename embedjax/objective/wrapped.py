@@ -1,0 +1,124 @@
+"""What wraps a loss of vectors, whichever it is: Matryoshka prefixes, earlier layers, and weighted sums.
+
+A loss that is wrapped takes outputs {"anchor": [B E], "positive": [B C E]}, by `encoding.texts`, with any number of E.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, UInt32
+
+from embedjax.config import InBatch, Layers, Model, Pooled, Set, Static, Sum
+from embedjax.config.errors import ConfigError
+from embedjax.losses import compose
+from embedjax.models.embedder import Embedder
+from embedjax.objective.encoding import LAYERS, PREFIXES, drawn, texts
+from embedjax.objective.kinds import Objective
+
+Value = Callable[[Any, dict, Any, Any], tuple[Any, dict]]
+
+
+def wrapped(made: Objective, task: Set, model: Model, embedders: Mapping[str, Embedder]) -> Objective:
+    """The objective of a loss with its prefixes and layers; in-batch losses see to their prefixes themselves. Raises
+    ConfigError for prefixes or layers that the towers have not."""
+    loss, value = task.loss, made.loss
+    if not isinstance(loss, Pooled):
+        return made
+    if loss.matryoshka:
+        require_prefixes(task, model, embedders)
+        value = value if isinstance(loss, InBatch) else _prefixes(value, loss, model)
+    if loss.layers:
+        value = _layers(value, loss.layers, _depth(task, model, embedders))
+    return made._replace(loss=value)
+
+
+def chosen_prefixes(loss: Pooled, key: UInt32[Array, ""] | None) -> Bool[Array, "P"] | None:
+    """Which of the prefixes a step trains; None for all."""
+    count = len(loss.matryoshka)
+    if not 0 < loss.dims_per_step < count:
+        return None
+    return (drawn(key, PREFIXES, count, loss.dims_per_step)[:, None] == jnp.arange(count)[None]).any(0)
+
+
+def require_prefixes(task: Set, model: Model, embedders: Mapping[str, Embedder]) -> None:
+    assert isinstance(task.loss, Pooled)
+    for column in {"anchor", "positive"} & {name.partition("_")[0] for name in task.columns}:
+        width = embedders[model.tower_of(column)].width
+        for length in task.loss.matryoshka:
+            if length > width:
+                raise ConfigError(f"matryoshka has prefix {length}; embeddings of column {column!r} have {width} numbers")
+
+
+def _prefixes(value: Value, loss: Pooled, model: Model) -> Value:
+    prefix = lambda outputs, length: compose.vectors_prefix(outputs, length, model.similarity)
+    total = compose.matryoshka(
+        lambda outputs, params, targets, key: value(params, outputs, targets, key),
+        loss.matryoshka,
+        loss.matryoshka_weights,
+        prefix,
+    )
+    return lambda params, outputs, targets, key: total(outputs, params, targets, key, chosen=chosen_prefixes(loss, key))
+
+
+def _layers(value: Value, layers: Layers, depth: int) -> Value:
+    """The loss at the last layer and at those the step drew, and the divergence between them (Li et al. 2024, eq. 6 to 9)."""
+
+    def total(params, outputs, targets, key):
+        each = outputs["layers"]
+        last = {name: x for name, x in outputs.items() if name != "layers"}
+        drawn_n = drawn(key, LAYERS, depth, layers.per_step)
+        share_n = compose.layer_weight(drawn_n, layers.weighting) * (layers.prior_weight / len(drawn_n))
+        weights = jnp.append(jnp.float32(layers.last_weight), share_n)
+        # The last layer first; each draws prefixes of its own.
+        stacked = {name: jnp.moveaxis(jnp.concatenate([x[..., None, :], each[name]], -2), -2, 0) for name, x in last.items()}
+        keys = None if key is None else key + jnp.arange(len(weights), dtype=jnp.uint32)
+
+        of_layer = lambda one: value(params, one[0], targets, one[1])
+        found, metrics = jax.lax.map(of_layer, (stacked, keys))
+        found = (weights * found).sum()
+        if layers.kl_temperature:
+            found = found + layers.kl_weight * compose.layer_divergence(each, last, layers.kl_temperature)
+        return found, {name: x[0] for name, x in metrics.items()}
+
+    return total
+
+
+def _depth(task: Set, model: Model, embedders: Mapping[str, Embedder]) -> int:
+    towers = {model.tower_of(column) for column in ("anchor", "positive") if column in task.columns}
+    depths = {embedders[name].arch.depth for name in towers}
+    if any(isinstance(embedders[name].arch, Static) for name in towers):
+        raise ConfigError(f"set {task.name!r} trains earlier layers of a static tower, which has none")
+    if len(depths) > 1:
+        raise ConfigError(f"set {task.name!r} trains earlier layers of towers of {sorted(depths)} layers; they must agree")
+    return depths.pop()
+
+
+def members(task: Set) -> list[Set]:
+    """The set with each loss of its sum."""
+    assert isinstance(task.loss, Sum)
+    return [dataclasses.replace(task, loss=loss) for loss in task.loss.losses]
+
+
+def summed(task: Set, model: Model, embedders: Mapping[str, Embedder], parts: Sequence[Objective]) -> Objective:
+    """The weighted sum of objectives over texts that are encoded once. Metrics: each loss by name, and theirs."""
+    loss = task.loss
+    assert isinstance(loss, Sum)
+    weights = loss.weights or (1.0,) * len(parts)
+    names = [type(each).__name__ for each in loss.losses]
+    names = [f"{name}_{i + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+    def targets(constants, columns):
+        return tuple(part.targets(constants, columns) for part in parts)
+
+    def value(params, outputs, targets, key):
+        total, metrics = jnp.float32(0), {}
+        for name, weight, part, known in zip(names, weights, parts, targets, strict=True):
+            found, told = part.loss(params, outputs, known, key)
+            total, metrics = total + weight * found, {**told, **metrics, name: found}
+        # Its parts may be means over something other than rows, the sum is not.
+        return total, {name: x for name, x in metrics.items() if name != "weight"}
+
+    return Objective(texts(task, model, embedders), targets, value)
