@@ -1,52 +1,15 @@
-"""Where rows come from and how they are batched."""
+"""The training sets, what their columns mean, and how they are batched and mixed."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from embedjax.config.errors import ConfigError
 from embedjax.config.losses import Loss, MultipleNegatives
+from embedjax.config.mine import Mine
+from embedjax.config.sources import File, Functions, Source, Tfds
 
-
-@dataclasses.dataclass(frozen=True)
-class File:
-    """One file, or several of one kind: TSV, CSV, JSONL, Parquet, ArrayRecord (of JSON rows) or lines of text; .gz accepted."""
-
-    path: str = ""
-    """A path, a glob pattern, a folder of Parquet files, or a URL that fsspec or etils knows (gs://...)."""
-    format: Literal["auto", "tsv", "csv", "jsonl", "parquet", "arrayrecord", "text"] = "auto"
-    """auto goes by the file name's ending."""
-    names: tuple[str, ...] = ()
-    """Column names of a TSV or CSV file without a header row."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tfds:
-    """A data set prepared by tensorflow-datasets in ArrayRecord or Parquet, read without TensorFlow."""
-
-    name: str = ""
-    """Name of the data set, such as "snli", or the folder of a prepared one."""
-    split: str = "train"
-    """Split, slices such as train[:10%] included."""
-    data_dir: str = ""
-    """Where tensorflow-datasets keeps its data; empty for its own default."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Functions:
-    """The embedded data set: functions of the installed Python packages, docstring summary -> source without it.
-
-    Columns: `summary`, `code`, `name`, `package`. Split by package: held-out functions come from packages never seen.
-    """
-
-    split: Literal["train", "test"] = "train"
-    """Training packages or held-out packages."""
-    limit: int = 0
-    """At most so many rows, chosen by the seed; 0 for all."""
-    seed: int = 0
-    """Seed of the choice of files and rows."""
-
-
-Source = File | Tfds | Functions
+__all__ = ["Data", "File", "Functions", "Set", "Source", "Tfds"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +19,37 @@ class Set:
     source: Source = dataclasses.field(default_factory=File)
     """Where the rows come from."""
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Our column -> the source's: {"anchor": "question", "positive": "answer", "negative": "wrong"};
-    more hard negatives are negative_2, negative_3, ..."""
+    """Our column -> the source's. Texts are anchor, positive, negative, negative_2, ...; numbers score, or score, score_2, ...
+    for positive, negative, ...; label is a number, one of `labels`, or a list of these; vector is a list of numbers."""
     loss: Loss = dataclasses.field(default_factory=MultipleNegatives)
     """The loss of this set."""
     name: str = "train"
     """Name of the task, used in metrics and checkpoints."""
+    adapter: str = ""
+    """Name of the adapter it trains where its towers have several; those that no set trains stay as they are."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in the order of their numbers, where the column `label` holds names or lists."""
+    weight: float = 1.0
+    """How often it is drawn, relative to the other sets, with data.mixing "weights"."""
+    mine: Mine | None = None
+    """Hard negatives that the model finds in training, in place of columns of the source."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Our columns in a batch: those of the source, and the negatives that are mined."""
+        mined = self.mine.num_negatives if self.mine else 0
+        return (*self.columns, *["negative", *(f"negative_{k}" for k in range(2, mined + 1))][:mined])
+
+    def __post_init__(self):
+        if self.mine and (not {"anchor", "positive"} <= self.columns.keys() or len(set(self.names)) < len(self.names)):
+            raise ConfigError(
+                f"set {self.name!r}: mining takes the columns anchor and positive and gives the negatives; columns are "
+                f"{sorted(self.columns)}"
+            )
+        if len(set(self.labels)) < len(self.labels) or "" in self.labels:
+            raise ConfigError(f"set {self.name!r}: labels must differ and not be empty; they are {self.labels}")
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(f"set {self.name!r}: weight is {self.weight}; it must be above 0 and finite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +62,13 @@ class Data:
     """(anchor length, document length) pairs in tokens, one compiled step each; empty for one, the towers' maxima."""
     sets: tuple[Set, ...] = ()
     """The training sets."""
+    mixing: Literal["proportional", "weights"] = "proportional"
+    """How often each set is drawn: as its number of rows says, or its `weight`."""
+    temperature: float = 1.0
+    """Proportional to rows ** (1 / temperature): above 1 small sets are drawn more often than their rows say."""
+    draw: Literal["batches", "rows"] = "batches"
+    """What is drawn from a set: whole batches, each of one set; or rows, so that a batch holds those of all sets, which then
+    have the same columns and loss."""
     shuffle: bool = True
     """Whether rows are drawn in a new order each epoch."""
     threads: int = 2
@@ -94,3 +89,31 @@ class Data:
             raise ConfigError(f"data.bad_share is {self.bad_share}; it must be in [0, 1]")
         if len({s.name for s in self.sets}) < len(self.sets):
             raise ConfigError(f"data.sets have names {[s.name for s in self.sets]}; each must have its own")
+        self._check_mixture()
+
+    @property
+    def tasks(self) -> tuple[Set, ...]:
+        """The sets that are a task of their own: all, or where rows are mixed the first, which stands for all."""
+        return self.sets if self.draw == "batches" else self.sets[:1]
+
+    def _check_mixture(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"data.temperature is {self.temperature}; it must be above 0 and finite")
+        if self.mixing == "weights" and self.temperature != 1:
+            raise ConfigError(f'data.temperature is {self.temperature}; it is for mixing "proportional", leave it at 1')
+        if self.mixing != "weights" and (named := [s.name for s in self.sets if s.weight != 1]):
+            raise ConfigError(f'set {named[0]!r} has a weight; set data.mixing to "weights"')
+        for other in self.sets[1:] if self.draw == "rows" else ():
+            first = self.sets[0]
+            for what, a, b in (
+                ("columns", sorted(first.names), sorted(other.names)),
+                ("loss", first.loss, other.loss),
+                ("labels", first.labels, other.labels),
+                ("adapter", first.adapter, other.adapter),
+                ("adapter", first.adapter, other.adapter),
+            ):
+                if a != b:
+                    raise ConfigError(
+                        f'data.draw is "rows", but sets {first.name!r} and {other.name!r} differ in their {what} ({a} and '
+                        f'{b}); rows of one batch share them: use "batches"'
+                    )

@@ -14,9 +14,11 @@ from jaxtyping import Int
 from embedjax.config import Data
 from embedjax.config.errors import ConfigError, DataError
 from embedjax.data.bad import BadRecords, stand_ins
-from embedjax.data.columns import NUMBERS, Layout, Values, hash_texts, make_layout, read_rows, tower_column
+from embedjax.data.columns import Layout, Values, hash_texts, make_layout, read_rows, tower_column
 from embedjax.data.lengths import length_index
-from embedjax.data.order import Order, Rows, Table, make_table
+from embedjax.data.mined import Mined
+from embedjax.data.mixture import make_order
+from embedjax.data.order import Draw, Rows, Table, make_table
 from embedjax.data.sources import Source
 from embedjax.data.text import Texts
 
@@ -38,6 +40,7 @@ class Batches:
 
     `sources` are the opened sources of `data.sets` in their order. `texts` and `prompts` are keyed by the columns anchor,
     positive and negative (which serves negative_2, ... too); a prompt is a name, or None for the tower's default.
+    `mined` holds the sets whose hard negatives are mined in the run, by name.
     `run_folder` keeps `lengths/` (only with several buckets) and `bad_records.jsonl`; None keeps neither.
     Raises ConfigError for columns or buckets that do not fit, DataError for missing columns or too little data.
     """
@@ -51,6 +54,7 @@ class Batches:
         *,
         seed: int,
         steps: int,
+        mined: Mapping[str, Mined] | None = None,
         process_index: int = 0,
         process_count: int = 1,
         run_folder: str | pathlib.Path | None = None,
@@ -61,10 +65,15 @@ class Batches:
             raise ConfigError("data.sets is empty; training needs at least one set")
         counts = {which.name: len(source) for which, source in zip(data.sets, sources, strict=True)}
         for (name, count), source in zip(counts.items(), sources, strict=True):
-            if count < data.batch_size:
+            if count < data.batch_size and data.draw == "batches":
                 raise DataError(f"set {name!r}: {source.name} has {count} rows, fewer than data.batch_size {data.batch_size}")
+        if sum(counts.values()) < data.batch_size:
+            raise DataError(f"the sets have {sum(counts.values())} rows, fewer than data.batch_size {data.batch_size}")
         self.data, self.sources, self.texts, self.prompts, self.steps = data, sources, texts, prompts or {}, steps
+        self.mined = mined or {}
         self.layouts = [make_layout(which, source) for which, source in zip(data.sets, sources, strict=True)]
+        if data.draw == "rows":
+            _refuse_other_arrays(data, self.layouts)
         self.table = _table(data, self.layouts, texts)
         folder = pathlib.Path(run_folder) if run_folder is not None else None
         listing = "bad_records.jsonl" if process_index == 0 else f"bad_records-{process_index}.jsonl"
@@ -72,7 +81,7 @@ class Batches:
         rows = [Rows(name, count) for name, count in counts.items()]
         if len(self.table) > 1:
             rows = self._measured(rows, folder / "lengths" if folder else None, write=process_index == 0)
-        self.order = Order(rows, seed=seed, batch_size=data.batch_size, table=self.table, shuffle=data.shuffle)
+        self.order = make_order(data, rows, seed=seed, table=self.table)
         share = data.batch_size // process_count
         self._mine = slice(process_index * share, (process_index + 1) * share)
         self._lock = threading.Lock()
@@ -81,16 +90,18 @@ class Batches:
 
     def _measured(self, rows: list[Rows], folder: pathlib.Path | None, *, write: bool) -> list[Rows]:
         made = functools.partial(length_index, texts=self.texts, prompts=self.prompts, bad=self.bad, folder=folder, write=write)
-        return [
-            dataclasses.replace(each, lengths=made(each.name, source, layout))
-            for each, source, layout in zip(rows, self.sources, self.layouts, strict=True)
-        ]
+        result = []
+        for each, source, layout in zip(rows, self.sources, self.layouts, strict=True):
+            lengths = made(each.name, source, layout)
+            if layout.mined:
+                lengths[:, 1] = self.table[-1][1]  # negatives not known yet may be of any length
+            result.append(dataclasses.replace(each, lengths=lengths))
+        return result
 
     def batch(self, step: int) -> Batch:
         """This process' rows of the batch of a step. Raises DataError when bad rows are too many. Thread-safe."""
         draw = self.order.at(step)
-        rows = draw.rows[self._mine]
-        columns = self._assemble(draw.set, draw.bucket, self._read(draw.set, rows))
+        columns = self._assemble(draw.set, draw.bucket, self._values(step, draw, self._mine))
         columns["row"] = np.arange(self._mine.start, self._mine.stop, dtype=np.int32)
         masks = [column["mask"] for column in columns.values() if isinstance(column, dict) and "mask" in column]
         with self._lock:
@@ -106,24 +117,40 @@ class Batches:
         return task, _zeros(columns, self._mine.stop - self._mine.start)
 
     def iterate(self, start: int = 0) -> Generator[Batch, None, None]:
-        """The batches from step `start` to the last, made ahead by threads from now on. Errors come out at their step."""
-        steps = grain.MapDataset.range(start, self.steps).map(self.batch)
+        """The batches from step `start` to the last, made ahead by threads from now on; beyond a step at which negatives are
+        mined, only once it is asked for. Errors come out at their step."""
+        starts = sorted({start, *(step for one in self.mined.values() for step in one.minings(start, self.steps))})
+        parts = list(zip(starts, [*starts[1:], self.steps], strict=True))
+        return self._drain(self._ahead(*parts[0]), parts[1:])
+
+    def _ahead(self, start: int, stop: int) -> grain.DatasetIterator:
+        steps = grain.MapDataset.range(start, stop).map(self.batch)
         options = grain.ReadOptions(num_threads=self.data.threads, prefetch_buffer_size=self.data.prefetch)
         batches = iter(steps.to_iter_dataset(options))
         batches.start_prefetch()
-        return _drain(batches)
+        return batches
+
+    def _drain(self, batches: grain.DatasetIterator, later: Sequence[tuple[int, int]]) -> Generator[Batch, None, None]:
+        """Yields until the end or an error, then lets the threads go."""
+        try:
+            yield from batches
+            for part in later:
+                batches.close()
+                batches = self._ahead(*part)
+                yield from batches
+        finally:
+            batches.close()
 
     def rows_of(self, step: int) -> Int[np.ndarray, "B"]:
         """Row numbers of the global batch in its source, before bad ones are replaced."""
         return self.order.at(step).rows
 
     def shapes(self) -> list[tuple[str, dict[str, Any]]]:
-        """(task, columns of `Abstract`) of the global batch, for every set and bucket: what is to be compiled."""
+        """(task, columns of `Abstract`) of the global batch, for every task and bucket: what is to be compiled."""
         result = []
-        for at, layout in enumerate(self.layouts):
-            row: Values = {**dict.fromkeys(layout.texts, "a"), **dict.fromkeys(layout.numbers, 0)}
+        for at, layout in enumerate(self.layouts[: len(self.data.tasks)]):
             for bucket in range(len(self.table)):
-                columns = self._assemble(at, bucket, [row])
+                columns = self._assemble(at, bucket, [layout.blank()])
                 columns["row"] = np.zeros(1, np.int32)
                 result.append((self.data.sets[at].name, _abstract(columns, self.data.batch_size)))
         return result
@@ -138,11 +165,11 @@ class Batches:
             return 1 - self._tokens / self._cells if self._cells else 0.0
 
     def decoded(self, step: int = 0, rows: int = 3) -> list[dict[str, tuple[str, str]]]:
-        """Column -> (raw text, its tokens as the model meets them), of this process' first rows of a step."""
+        """Column of the source -> (raw text, its tokens as the model meets them), of this process' first rows of a step."""
         draw = self.order.at(step)
         lengths = self.table[draw.bucket]
         result = []
-        for values in self._read(draw.set, draw.rows[self._mine][:rows]):
+        for values in self._values(None, draw, slice(self._mine.start, min(self._mine.start + rows, self._mine.stop))):
             shown = {}
             for name in self.layouts[draw.set].texts:
                 tower, text = tower_column(name), str(values[name])
@@ -153,45 +180,58 @@ class Batches:
             result.append(shown)
         return result
 
-    def _read(self, at: int, rows: Int[np.ndarray, "b"]) -> list[Values]:
-        """The rows' values in the order given, bad rows replaced. Read in file order, which sources in blocks are fast at."""
+    def _values(self, step: int | None, draw: Draw, part: slice) -> list[Values]:
+        """The values of a part of the rows of a step's draw, in order."""
+        rows = draw.rows[part]
+        if draw.sets is None:
+            return self._read(step, draw.set, rows)
+        sets = draw.sets[part]
+        read = {int(at): iter(self._read(step, int(at), rows[sets == at])) for at in np.unique(sets)}
+        return [next(read[int(at)]) for at in sets]
+
+    def _read(self, step: int | None, at: int, rows: Int[np.ndarray, "b"]) -> list[Values]:
+        """The rows' values in the order given, bad rows replaced; without a step, without what is mined at it. Read in file
+        order, which sources in blocks are fast at."""
         source, layout, name = self.sources[at], self.layouts[at], self.data.sets[at].name
         good, bad = read_rows(source, layout, sorted(map(int, rows)))
         self.bad.read(name, [*good, *bad], bad)
+        read = {row: row for row in good}
         for row, error in bad.items():
             for other in stand_ins(row, len(source)):
                 found, wrong = read_rows(source, layout, [other])
                 self.bad.read(name, [other], wrong)
                 if found:
-                    good[row] = found[other]
+                    good[row], read[row] = found[other], other
                     break
             else:
                 raise DataError(f"{error.file}, row {error.row}: {error.reason}; so are the rows tried in its place")
+        if layout.mined and step is not None:
+            for row, values in good.items():
+                values.update(zip(layout.mined, self.mined[name].texts(step, read[row]), strict=True))
         return [good[int(row)] for row in rows]
 
     def _assemble(self, at: int, bucket: int, values: list[Values]) -> dict[str, Any]:
         """The columns of these rows, but for "row". One call of the tokenizer a column, one for all hard negatives."""
         layout, (anchor, document) = self.layouts[at], self.table[bucket]
+        # Losses that mask whole words say so; others are spared the slower tokenizer.
+        words = {"words": True} if getattr(self.data.sets[at].loss, "words", False) else {}
         columns: dict[str, Any] = {"hash": {}}
         for name in ("anchor", "positive", "negative"):
             sources = layout.negatives if name == "negative" else [name]
-            if not sources or name not in layout.texts:
+            if name not in layout.names:
                 continue
             texts = [str(row[source]) for row in values for source in sources]
             length = anchor if name == "anchor" else document
-            encoded = self.texts[name].encode(texts, length=length, prompt=self.prompts.get(name))
+            encoded = self.texts[name].encode(texts, length=length, prompt=self.prompts.get(name), **words)
             front = (len(values), len(sources)) if name == "negative" else (len(values),)
             columns[name] = {key: leaf.reshape(*front, *leaf.shape[1:]) for key, leaf in encoded.items()}
             columns["hash"][name] = hash_texts(texts).reshape(*front, 2)
-        for name in layout.numbers:
-            dtype = np.int32 if name == "label" else np.float32
-            columns[NUMBERS[name]] = np.asarray([row[name] for row in values], dtype)
-        return columns
+        return columns | layout.arrays(values)
 
 
 def _table(data: Data, layouts: Sequence[Layout], texts: Mapping[str, Texts]) -> Table:
     """The buckets, or one of the towers' maxima. Raises ConfigError for a bucket longer than a tower takes."""
-    used = list(dict.fromkeys(tower_column(name) for layout in layouts for name in layout.texts))
+    used = list(dict.fromkeys(tower_column(name) for layout in layouts for name in layout.names))
     if unknown := [name for name in used if name not in texts]:
         raise ConfigError(f"no tower encodes the column {unknown[0]!r}; towers are given for {sorted(texts)}")
     anchor = texts["anchor"].max_length
@@ -204,6 +244,16 @@ def _table(data: Data, layouts: Sequence[Layout], texts: Mapping[str, Texts]) ->
     return make_table(data.buckets or ((anchor, document),))
 
 
+def _refuse_other_arrays(data: Data, layouts: Sequence[Layout]) -> None:
+    """Sets whose rows are mixed must have labels and vectors of one shape, which their data alone tell."""
+    for which, layout in zip(data.sets, layouts, strict=True):
+        if (layout.lists, layout.width) != (layouts[0].lists, layouts[0].width):
+            raise ConfigError(
+                f'data.draw is "rows", but the labels or vectors of sets {data.sets[0].name!r} and {which.name!r} have '
+                'different shapes; use "batches"'
+            )
+
+
 def _abstract(tree: Any, rows: int) -> Any:
     if isinstance(tree, dict):
         return {key: _abstract(leaf, rows) for key, leaf in tree.items()}
@@ -214,11 +264,3 @@ def _zeros(tree: Any, rows: int) -> Any:
     if isinstance(tree, dict):
         return {key: _zeros(leaf, rows) for key, leaf in tree.items()}
     return np.zeros((rows, *tree.shape[1:]), tree.dtype)
-
-
-def _drain(batches: grain.DatasetIterator) -> Generator[Batch, None, None]:
-    """Yields until the end or an error, then lets the threads go."""
-    try:
-        yield from batches
-    finally:
-        batches.close()

@@ -6,6 +6,7 @@ import math
 import numbers
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any, TypeGuard
 
 import numpy as np
 from jaxtyping import UInt32
@@ -14,12 +15,14 @@ from embedjax.config import Set
 from embedjax.config.errors import ConfigError, DataError, nearest
 from embedjax.data.sources import BadRow, Source, select
 
-NUMBERS = {"score": "scores", "label": "labels"}
-"""Our column of numbers -> its name in a batch."""
+TEXT = re.compile(r"anchor|positive|negative(_([2-9]|[1-9]\d+))?")
+SCORE = re.compile(r"score(_([2-9]|[1-9]\d+))?")
 
+# Rows looked at to learn what one row cannot hide: whether labels are lists, and how wide vectors are.
+PEEK = 100
 
-Values = dict[str, str | float | int]
-"""One row: our column -> its value."""
+Values = dict[str, Any]
+"""One row: our column -> its value: a text, a number, a list of class numbers, a float32 vector."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,37 +30,112 @@ class Layout:
     """Our columns of one set, each with the source's column it is read from."""
 
     texts: dict[str, str]
-    """anchor, positive, negative, negative_2, ... in this order, as far as the set has them."""
+    """anchor, positive, negative, negative_2, ... in this order, as far as the source has them."""
     numbers: dict[str, str]
-    """score and label, as far as the set has them."""
+    """score, score_2, ... and label, as far as the set has them."""
+    vector: str = ""
+    """The source's column of vectors, "" for none."""
+    labels: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Class name -> number."""
+    lists: bool = False
+    """Whether labels are lists, which become rows of 0 and 1."""
+    width: int = 0
+    """Numbers of a vector."""
+    mined: tuple[str, ...] = ()
+    """negative, negative_2, ... where the model finds them."""
 
     @property
-    def documents(self) -> tuple[str, ...]:
-        """The text columns that share the document length."""
-        return tuple(name for name in self.texts if name != "anchor")
+    def names(self) -> tuple[str, ...]:
+        """All columns of texts, mined ones included."""
+        return (*self.texts, *self.mined)
 
     @property
     def negatives(self) -> tuple[str, ...]:
         """The hard negatives, K of them."""
-        return tuple(name for name in self.texts if name.startswith("negative"))
+        return tuple(name for name in self.names if name.startswith("negative"))
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """score, score_2, ..., S of them."""
+        return tuple(name for name in self.numbers if name != "label")
+
+    def arrays(self, rows: Sequence[Values]) -> dict[str, np.ndarray]:
+        """What is no text, as arrays: "scores" [B], or [B S] where there are several; "labels" [B], or [B C] of 0 and 1 where
+        they are lists; "vectors" [B V]."""
+        result: dict[str, np.ndarray] = {}
+        if self.scores:
+            scores = np.array([[row[name] for name in self.scores] for row in rows], np.float32)
+            result["scores"] = scores if len(self.scores) > 1 else scores[:, 0]
+        if "label" in self.numbers:
+            several = np.zeros((len(rows), len(self.labels)), np.float32)
+            for row, values in zip(several, rows, strict=True):
+                row[values["label"] if self.lists else []] = 1
+            result["labels"] = several if self.lists else np.array([row["label"] for row in rows], np.int32)
+        if self.vector:
+            result["vectors"] = np.stack([row["vector"] for row in rows])
+        return result
+
+    def blank(self) -> Values:
+        """A row of no meaning, in the shape of the set's."""
+        label: Values = {"label": []} if self.lists else {}
+        vector: Values = {"vector": np.zeros(self.width, np.float32)} if self.vector else {}
+        return {**dict.fromkeys(self.names, "a"), **dict.fromkeys(self.numbers, 0), **label, **vector}
 
 
 def make_layout(which: Set, source: Source) -> Layout:
     """The layout of a set. Raises ConfigError for a column that is not one of ours, DataError for one the source lacks."""
-    names = list(which.columns)
+    what, names = f"set {which.name!r}", list(which.columns)
     for name in names:
-        if name not in ("anchor", "positive", "negative", *NUMBERS) and not re.fullmatch(r"negative_([2-9]|[1-9]\d+)", name):
-            known = nearest(name, ("anchor", "positive", "negative", "negative_2", *NUMBERS))
-            raise ConfigError(f"set {which.name!r} has a column {name!r} that is not one of ours; {known}")
+        if not (TEXT.fullmatch(name) or SCORE.fullmatch(name) or name in ("label", "vector")):
+            known = nearest(name, ("anchor", "positive", "negative", "negative_2", "score", "score_2", "label", "vector"))
+            raise ConfigError(f"{what} has a column {name!r} that is not one of ours; {known}")
     if "anchor" not in names:
-        raise ConfigError(f"set {which.name!r} has no column anchor; its columns are {names}")
-    count = sum(name.startswith("negative") for name in names)
-    negatives = ["negative", *(f"negative_{k}" for k in range(2, count + 1))][:count]
-    if gap := [name for name in negatives if name not in names]:
-        raise ConfigError(f"set {which.name!r} has {count} hard negatives but no column {gap[0]!r}; number them without a gap")
-    select(source, which.columns, f"set {which.name!r}")
+        raise ConfigError(f"{what} has no column anchor; its columns are {names}")
+    negatives, scores = _numbered(what, names, "negative", "hard negatives"), _numbered(what, names, "score", "scores")
+    select(source, which.columns, what)
     texts = [name for name in ("anchor", "positive", *negatives) if name in names]
-    return Layout({n: which.columns[n] for n in texts}, {n: which.columns[n] for n in NUMBERS if n in names})
+    found = [*scores, *(["label"] if "label" in names else [])]
+    layout = Layout(
+        {name: which.columns[name] for name in texts},
+        {name: which.columns[name] for name in found},
+        which.columns.get("vector", ""),
+        {name: number for number, name in enumerate(_classes(which))},
+        mined=which.names[len(which.columns) :],
+    )
+    lists, width = _peek(source, which.columns)
+    if lists and not which.labels:
+        raise ConfigError(f"{what}: column {which.columns['label']!r} holds lists; name the classes in Set.labels")
+    return dataclasses.replace(layout, lists=lists, width=width)
+
+
+def _classes(which: Set) -> Sequence[str]:
+    """The names of the classes; their numbers where the loss says how many there are and no name is given."""
+    return which.labels or tuple(map(str, range(getattr(which.loss, "classes", 0))))
+
+
+def _numbered(what: str, names: Sequence[str], first: str, plural: str) -> list[str]:
+    """first, first_2, ..., as far as `names` has them. Raises ConfigError for a gap."""
+    count = sum(name == first or name.startswith(f"{first}_") for name in names)
+    wanted = [first, *(f"{first}_{k}" for k in range(2, count + 1))][:count]
+    if gap := [name for name in wanted if name not in names]:
+        raise ConfigError(f"{what} has {count} {plural} but no column {gap[0]!r}; number them without a gap")
+    return wanted
+
+
+def _peek(source: Source, columns: dict[str, str]) -> tuple[bool, int]:
+    """(whether labels are lists, the width of vectors), by the first good row that has them."""
+    lists, width = None, 0
+    for row in range(min(PEEK, len(source)) if {"label", "vector"} & columns.keys() else 0):
+        try:
+            values = source[row]
+        except BadRow:
+            continue
+        label, vector = values.get(columns.get("label", "")), values.get(columns.get("vector", ""))
+        lists = _is_list(label) if lists is None and label is not None else lists
+        width = len(vector) if not width and _is_list(vector) else width
+        if ("label" not in columns or lists is not None) and ("vector" not in columns or width):
+            break
+    return bool(lists), width
 
 
 def read_row(source: Source, layout: Layout, row: int) -> Values:
@@ -68,7 +146,10 @@ def read_row(source: Source, layout: Layout, row: int) -> Values:
         for name, column in layout.texts.items():
             result[name] = _text(column, values.get(column))
         for name, column in layout.numbers.items():
-            result[name] = _number(column, values.get(column), whole=name == "label")
+            value = values.get(column)
+            result[name] = _label(column, value, layout) if name == "label" else _number(column, value)
+        if layout.vector:
+            result["vector"] = _vector(layout.vector, values.get(layout.vector), layout.width)
     except ValueError as error:
         file, number = source.where(row)
         raise BadRow(file, number, str(error)) from None
@@ -89,8 +170,12 @@ def read_rows(source: Source, layout: Layout, rows: Iterable[int]) -> tuple[dict
     return good, bad
 
 
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, (list, tuple, np.ndarray))
+
+
 def _text(column: str, value: object) -> str:
-    if isinstance(value, (list, tuple, dict, np.ndarray)):
+    if _is_list(value) or isinstance(value, dict):
         raise DataError(
             f"column {column!r} holds {type(value).__name__} values; one text a column is expected (negative, negative_2, ...)"
         )
@@ -107,8 +192,8 @@ def _text(column: str, value: object) -> str:
     return value
 
 
-def _number(column: str, value: object, *, whole: bool) -> float | int:
-    if isinstance(value, (list, tuple, dict, np.ndarray)):
+def _number(column: str, value: object, *, whole: bool = False) -> float | int:
+    if _is_list(value) or isinstance(value, dict):
         raise DataError(f"column {column!r} holds {type(value).__name__} values; one number a row is expected")
     if value is None:
         raise ValueError(f"column {column!r} is missing")
@@ -124,9 +209,48 @@ def _number(column: str, value: object, *, whole: bool) -> float | int:
     return int(number) if whole else number
 
 
+def _label(column: str, value: object, layout: Layout) -> int | list[int]:
+    """The number of a class, or of each in a list; those of named classes are below their count."""
+    if layout.lists:
+        if not _is_list(value):
+            raise ValueError(f"column {column!r} is {value!r:.40}, not a list of labels")
+        return [_class(column, item, layout.labels) for item in value]
+    return _class(column, value, layout.labels)
+
+
+def _class(column: str, value: object, names: dict[str, int]) -> int:
+    if names and isinstance(value, str):
+        if value not in names:
+            hint = nearest(value, names)
+            close = "" if hint.startswith("known") else f"; {hint}"
+            raise ValueError(f"column {column!r} is {value!r:.40}, none of the {len(names)} labels{close}")
+        return names[value]
+    number = int(_number(column, value, whole=True))
+    if names and not 0 <= number < len(names):
+        raise ValueError(f"column {column!r} is {number}; the {len(names)} labels have the numbers 0 to {len(names) - 1}")
+    return number
+
+
+def _vector(column: str, value: object, width: int) -> np.ndarray:
+    if not _is_list(value):
+        raise ValueError(f"column {column!r} is {'missing' if value is None else type(value).__name__}, not a list of numbers")
+    try:
+        vector = np.asarray(value, np.float32)
+    except (TypeError, ValueError):
+        raise ValueError(f"column {column!r} holds what is no number") from None
+    if vector.shape != (width,) or not np.isfinite(vector).all():
+        raise ValueError(f"column {column!r} is of shape {vector.shape}, or not finite; {width} finite numbers were expected")
+    return vector
+
+
 def tower_column(name: str) -> str:
     """The column whose tower and prompt encode this one: negative_2 follows negative."""
     return "negative" if name.startswith("negative") else name
+
+
+def is_text(name: str) -> bool:
+    """Whether one of our columns holds texts."""
+    return TEXT.fullmatch(name) is not None
 
 
 def hash_texts(texts: Sequence[str]) -> UInt32[np.ndarray, "N 2"]:

@@ -8,12 +8,15 @@ a hash, which numpy keeps stable over its versions: a resumed run meets the same
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Int, Integer
 
 from embedjax.config.errors import ConfigError
+
+T = TypeVar("T")
 
 Table = tuple[tuple[int, int], ...]
 """(anchor length, document length) in tokens, smallest first."""
@@ -71,6 +74,8 @@ class Draw:
     set: int
     bucket: int
     rows: Int[np.ndarray, "B"]
+    sets: Int[np.ndarray, "B"] | None = None
+    """The set of each row where rows of several are mixed; `set` is then the first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +87,23 @@ class Rows:
     lengths: Integer[np.ndarray, "N 2"] | None = None
 
 
+class Held(Generic[T]):
+    """What was made for the two numbers asked for last. Thread-safe."""
+
+    def __init__(self, make: Callable[[int], T]):
+        self._make = make
+        self._made: dict[int, T] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, number: int) -> T:
+        with self._lock:
+            if number not in self._made:
+                while len(self._made) > 1:
+                    del self._made[max(self._made, key=lambda held: abs(held - number))]
+                self._made[number] = self._make(number)
+            return self._made[number]
+
+
 class Order:
     """The rows of every step; holds two epochs' permutations at a time, 8 bytes a row each.
 
@@ -91,18 +113,12 @@ class Order:
     def __init__(self, sets: Sequence[Rows], *, seed: int, batch_size: int, table: Table, shuffle: bool = True):
         self.sets, self.seed, self.batch_size, self.table, self.shuffle = sets, int(seed), batch_size, table, shuffle
         self.batches_per_epoch = sum(rows.count // batch_size for rows in sets)
-        self._epochs: dict[int, tuple] = {}
-        self._lock = threading.Lock()
+        self._epochs = Held(self._make)
 
     def at(self, step: int) -> Draw:
         """The draw of a step; steps go on over epochs without end."""
         epoch, turn = divmod(int(step), self.batches_per_epoch)
-        with self._lock:
-            if epoch not in self._epochs:
-                while len(self._epochs) > 1:
-                    del self._epochs[max(self._epochs, key=lambda held: abs(held - epoch))]
-                self._epochs[epoch] = self._make(epoch)
-            turns, batches = self._epochs[epoch]
+        turns, batches = self._epochs[epoch]
         at, index = turns[turn]
         rows, buckets = batches[at]
         return Draw(int(at), int(buckets[index]), rows[index])

@@ -69,14 +69,17 @@ class Texts:
         self._at(self.max_length)
         self._prefix(None)
 
-    def encode(self, texts: Sequence[str], *, length: int | None = None, prompt: str | None = None) -> dict[str, np.ndarray]:
-        """{"ids": int32 [N L], "mask": bool [N L]}, and "pool": bool [N L] when a prompt is used that is not pooled.
+    def encode(
+        self, texts: Sequence[str], *, length: int | None = None, prompt: str | None = None, words: bool = False
+    ) -> dict[str, np.ndarray]:
+        """{"ids": int32 [N L], "mask": bool [N L]}; "pool": bool [N L] when a prompt is used that is not pooled; with `words`
+        "word": int32 [N L], the number of the word a token is a piece of, -1 for special tokens and padding.
 
         L is `length`, or that of the longest text; never more than `max_length` of it are tokens. `prompt` is a name in
         `prompts`; None takes the default prompt. Raises DataError for what is not a string of valid Unicode.
         """
         prefix = self._prefix(prompt)
-        encodings = self._tokenize([prefix + text for text in texts] if prefix else texts, length)
+        encodings = self._tokenize([prefix + text for text in texts] if prefix else texts, length, words)
         sizes = np.fromiter((len(encoding) for encoding in encodings), np.int32, len(encodings))
         width = sizes.max(initial=0) if length is None else length
         places = np.arange(width)[None]
@@ -84,6 +87,11 @@ class Texts:
         ids = np.full(mask.shape, self.pad_id, np.int32)
         ids[mask] = np.fromiter(itertools.chain.from_iterable(encoding.ids for encoding in encodings), np.int32, sizes.sum())
         columns = {"ids": ids, "mask": mask}
+        if words:
+            columns["word"] = np.full(mask.shape, -1, np.int32)
+            columns["word"][mask] = [-1 if k is None else k for encoding in encodings for k in encoding.word_ids]
+            special = [k for k, token in self.tokenizer.get_added_tokens_decoder().items() if token.special]
+            columns["word"][np.isin(ids, special)] = -1  # those written in the text have a word
         if prefix and not self.include_prompt:
             columns["pool"] = mask & (np.cumsum(mask, axis=1) > self._prompt_tokens(prefix))
         return columns
@@ -122,16 +130,17 @@ class Texts:
                 self._truncating[length] = copy
             return self._truncating[length]
 
-    def _tokenize(self, texts: Sequence[str], length: int | None) -> list[Encoding]:
+    def _tokenize(self, texts: Sequence[str], length: int | None, words: bool = False) -> list[Encoding]:
         """Encodings truncated to `length`. Tokenizing costs by the character, so a long text is first cut at a space, and
         tokenized whole only if that part does not fill the length: the result is the same."""
         tokenizer = self._at(length)
+        encode = tokenizer.encode_batch if words else tokenizer.encode_batch_fast  # the fast one knows of no words
         size = self.max_length if length is None else min(length, self.max_length)
         try:
             parts = [_cut(text, CHARS_PER_TOKEN * size) for text in texts] if self._cuts else list(texts)
-            encodings = tokenizer.encode_batch_fast(parts)
+            encodings = encode(parts)
             short = [i for i, part in enumerate(parts) if len(part) < len(texts[i]) and len(encodings[i]) < size]
-            for i, whole in zip(short, tokenizer.encode_batch_fast([texts[i] for i in short]), strict=True):
+            for i, whole in zip(short, encode([texts[i] for i in short]), strict=True):
                 encodings[i] = whole
         except TypeError as error:
             raise DataError(_complaint(texts) or str(error)) from error
@@ -213,6 +222,14 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int,
         _write_json(folder / "special_tokens_map.json", tokens)
     config = json.loads(config_file.read_text("utf-8")) if config_file.exists() else {**_class(tokenizer), **tokens}
     _write_json(config_file, {**config, "model_max_length": max_length})
+
+
+def save_truncating(tokenizer: Tokenizer, folder: str | Path, *, max_length: int) -> None:
+    """Write a tokenizer.json that cuts texts by itself, for readers who know no other limit: those of static tables."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_padding()
+    copy.enable_truncation(max_length)
+    copy.save(str(Path(folder) / "tokenizer.json"))
 
 
 def _class(tokenizer: Tokenizer) -> dict[str, object]:

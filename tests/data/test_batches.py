@@ -1,6 +1,7 @@
 """Batches: the same global batch however many hosts make it, from whatever step; exact shapes; bad rows and errors told."""
 
 import collections
+import dataclasses
 import hashlib
 import json
 import zlib
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from embedjax.config import Data, File, Set
+from embedjax.config import Data, File, MultipleNegatives, Set
 from embedjax.config.errors import ConfigError, DataError
 from embedjax.data.batches import Abstract, Batches
 from embedjax.data.sources import open_source
@@ -125,6 +126,45 @@ def test_shapes_are_those_of_the_batches(make, columns):
     jax.eval_shape(lambda tree: tree["anchor"]["ids"] + 1, shapes[0][1])
 
 
+@dataclasses.dataclass(frozen=True)
+class Masked(MultipleNegatives):
+    """A loss that masks words."""
+
+    words = True
+
+
+def test_sets_of_other_columns_than_pairs(make, tmp_path):
+    rows = [{"t": f"{k} w", "u": "v", "c": ["x", "y"][: k % 3], "v": [k, 1.0], "s": k, "z": -k, "n": "x"} for k in range(8)]
+    sets = [
+        Set(columns={"anchor": "t"}, loss=Masked(), name="alone"),
+        Set(columns={"anchor": "t", "label": "c"}, labels=("x", "y"), name="several"),
+        Set(columns={"anchor": "t", "label": "n"}, labels=("x", "y"), name="named"),
+        Set(columns={"anchor": "t", "positive": "u", "score": "s", "score_2": "z", "vector": "v"}, name="taught"),
+    ]
+    file = tmp_path / "other.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    sets = tuple(dataclasses.replace(each, source=File(str(file))) for each in sets)
+    words = Texts(train_wordpiece(["0 1 2 3 4 5 6 7 v w"], 100), 12)
+    batches = make(sets=sets, words=words, steps=8)
+    shapes = dict(batches.shapes())
+    for step in range(8):
+        task, columns = batches.batch(step)
+        assert jax.tree.map(lambda leaf: Abstract(leaf.shape, leaf.dtype), columns) == shapes[task]
+        k = batches.rows_of(step)
+        match task:
+            case "alone":
+                assert set(columns) == {"anchor", "hash", "row"}
+                assert columns["anchor"]["word"][:, :5].tolist() == [[-1, 0, 1, -1, -1]] * 4
+            case "several":
+                assert columns["labels"].tolist() == [[float(j % 3 > 0), float(j % 3 > 1)] for j in k]
+            case "named":
+                assert columns["labels"].tolist() == [0] * 4
+            case "taught":
+                assert columns["scores"].tolist() == [[j, -j] for j in k] and "word" not in columns["anchor"]
+                assert columns["vectors"].tolist() == [[j, 1.0] for j in k]
+    assert batches.compilations() == 4
+
+
 @pytest.mark.parametrize("buckets", [(), BUCKETS])
 def test_hosts_make_slices_of_one_batch(make, buckets):
     whole = make(columns=FULL, data={"buckets": buckets})
@@ -195,6 +235,60 @@ def test_several_sets_have_their_own_task_and_columns(make, tmp_path):
     assert collections.Counter(task for task, _ in made)["classes"] == 5 and len(made) == 15
     assert {task: "labels" in columns for task, columns in made} == {"pairs": False, "classes": True}
     assert [task for task, _ in batches.shapes()] == ["pairs", "classes"]
+
+
+def mixture(tmp_path, **data):
+    """Three sets of 40, 12 and 3 rows; the first word of each text is its row number, the second its set."""
+    sets = []
+    for at, (count, column) in enumerate([(40, "q"), (12, "q"), (3, "text")]):
+        file = tmp_path / f"set{at}.jsonl"
+        file.write_text("".join(json.dumps({column: f"{k} s{at}", "a": f"{k} s{at} x"}) + "\n" for k in range(count)))
+        sets.append(Set(File(str(file)), {"anchor": column, "positive": "a"}, name=f"s{at}"))
+    return {"sets": tuple(sets), "data": {"sets": tuple(sets), **data}}
+
+
+@pytest.mark.parametrize("buckets", [(), BUCKETS])
+def test_mixed_rows_are_one_task(make, tmp_path, buckets):
+    options = mixture(tmp_path, draw="rows", buckets=buckets, temperature=2.0)
+    whole = make(**options, steps=30)
+    parts = [make(**options, process_index=p, process_count=2, steps=30) for p in range(2)]
+    met = collections.Counter()
+    for step in range(30):
+        task, columns = whole.batch(step)
+        made = [part.batch(step) for part in parts]
+        assert_same((task, columns), ("s0", jax.tree.map(lambda *leaves: np.concatenate(leaves), *[one for _, one in made])))
+        draw = whole.order.at(step)
+        texts = [f"{k} s{at}" for k, at in zip(draw.rows, draw.sets, strict=True)]
+        assert columns["anchor"]["ids"][:, :3].tolist() == [Words()._tokens(text, None) for text in texts]
+        assert (columns["positive"]["ids"][:, 1:3] == columns["anchor"]["ids"][:, 1:3]).all()
+        met.update(draw.sets.tolist())
+    assert [task for task, _ in whole.shapes()] == ["s0"] * max(1, len(buckets))
+    assert [met[at] / 120 for at in range(3)] == pytest.approx(np.sqrt([40, 12, 3]) / np.sqrt([40, 12, 3]).sum(), abs=0.03)
+    assert_same(next(iter(whole.iterate(17))), whole.batch(17))
+    assert [shown["anchor"][0] for shown in whole.decoded(3, 2)] == [
+        f"{k} s{at}" for k, at in zip(whole.order.at(3).rows[:2], whole.order.at(3).sets[:2], strict=True)
+    ]
+
+
+def test_mixed_rows_have_arrays_of_one_shape(make, tmp_path):
+    sets = []
+    for at, vector in enumerate(([1.0], [1.0, 2.0])):
+        file = tmp_path / f"set{at}.jsonl"
+        file.write_text(json.dumps({"t": "x", "v": vector}) * 1 + "\n")
+        sets.append(Set(File(str(file)), {"anchor": "t", "vector": "v"}, name=f"s{at}"))
+    with pytest.raises(ConfigError, match="vectors of sets 's0' and 's1' have different shapes"):
+        make(sets=tuple(sets), data={"sets": tuple(sets), "draw": "rows", "batch_size": 2})
+
+
+def test_bad_rows_of_a_mixed_batch_are_replaced_from_their_set(make, tmp_path):
+    options = mixture(tmp_path, draw="rows", bad_share=0.2)
+    file = tmp_path / "set1.jsonl"
+    file.write_text(file.read_text().replace('"5 s1"', '""'))
+    batches = make(**options, steps=14)
+    for step in range(14):
+        draw, ids = batches.order.at(step), batches.batch(step)[1]["anchor"]["ids"]
+        assert ids[:, 2].tolist() == [Words()._tokens(f"s{at}", None)[1] for at in draw.sets]
+    assert batches.bad.count == 1
 
 
 BAD = [{"q": "", "a": "x"}, {"a": "x"}, {"q": "q", "a": None}, {"q": "q", "a": 3}, "a string"]

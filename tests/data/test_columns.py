@@ -41,6 +41,12 @@ def test_the_layout_orders_columns():
         ({"anchor": "a", "negative": "b", "negative_3": "b"}, ConfigError, "no column 'negative_2'"),
         ({"anchor": "a", "negative_1": "b"}, ConfigError, "'negative_1'"),
         ({"anchor": "missing"}, DataError, "'train'.*'missing'.*a, b"),
+        ({"anchor": "a", "score_2": "b"}, ConfigError, "no column 'score'"),
+        ({"anchor": "a", "score": "b", "score_3": "b"}, ConfigError, "2 scores but no column 'score_2'"),
+        ({"anchor": "a", "vectors": "b"}, ConfigError, "did you mean 'vector'"),
+        ({"anchor": "a", "score_2": "b"}, ConfigError, "no column 'score'"),
+        ({"anchor": "a", "score": "b", "score_3": "b"}, ConfigError, "2 scores but no column 'score_2'"),
+        ({"anchor": "a", "vectors": "b"}, ConfigError, "did you mean 'vector'"),
     ],
 )
 def test_columns_that_cannot_be(columns, error, message):
@@ -95,6 +101,62 @@ def test_lists_are_an_error_not_a_bad_row(value):
     with pytest.raises(DataError, match="pairs.jsonl, row 1: column 'a' holds .*one text") as caught:
         read_row(source({**GOOD, "a": value}), LAYOUT, 0)
     assert not isinstance(caught.value, BadRow)
+
+
+def test_several_scores_stay_in_order():
+    columns = {"anchor": "a", "score_2": "t", "score": "s"}
+    layout = make_layout(Set(columns=columns), source({"a": "x", "s": 1, "t": "2.5"}))
+    row = read_row(source({"a": "x", "s": 1, "t": "2.5"}), layout, 0)
+    scores = layout.arrays([row, row])["scores"]
+    assert scores.dtype == np.float32 and scores.tolist() == [[1, 2.5], [1, 2.5]]
+
+
+NAMED = Set(columns={"anchor": "a", "label": "l"}, labels=("good", "bad", "ugly"))
+
+
+def test_labels_by_name_or_number():
+    rows = source(*({"a": "x", "l": value} for value in ("bad", "good", 2, "ugly")))
+    layout = make_layout(NAMED, rows)
+    labels = layout.arrays([read_row(rows, layout, k) for k in range(4)])["labels"]
+    assert labels.dtype == np.int32 and labels.tolist() == [1, 0, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "value, reason",
+    [("godo", "'godo', none of the 3 labels; did you mean 'good'"), ("?", "none of the 3 labels$"), (3, "numbers 0 to 2"),
+     (-1, "numbers 0 to 2"), (None, "missing")],
+)  # fmt: skip
+def test_labels_that_are_none(value, reason):
+    rows = source({"a": "x", "l": "good"}, {"a": "x", "l": value})
+    with pytest.raises(BadRow, match=reason):
+        read_row(rows, make_layout(NAMED, rows), 1)
+
+
+def test_lists_of_labels_become_zeros_and_ones():
+    rows = source(*({"a": "x", "l": value} for value in (None, [], ["ugly", "good"], (1,), np.array(["bad"]), "bad", ["x"])))
+    layout = make_layout(NAMED, rows)
+    good, bad = read_rows(rows, layout, range(7))
+    labels = layout.arrays(list(good.values()))["labels"]
+    assert labels.dtype == np.float32 and labels.tolist() == [[0, 0, 0], [1, 0, 1], [0, 1, 0], [0, 1, 0]]
+    assert list(bad) == [0, 5, 6] and "not a list" in bad[5].reason and "'x', none of" in bad[6].reason
+    with pytest.raises(ConfigError, match="'l' holds lists; name the classes"):
+        make_layout(Set(columns=NAMED.columns), rows)
+
+
+def test_vectors():
+    values = (None, [0.5, 1], np.array([2.0, 3]), [1], [1, None], ["a", "b"], [1, float("inf")], "1 2")
+    rows = source(*({"a": "x", "v": value} for value in values))
+    layout = make_layout(Set(columns={"anchor": "a", "vector": "v"}), rows)
+    good, bad = read_rows(rows, layout, range(len(rows)))
+    vectors = layout.arrays(list(good.values()))["vectors"]
+    assert vectors.dtype == np.float32 and vectors.tolist() == [[0.5, 1], [2, 3]] and len(bad) == 6
+    assert layout.arrays([layout.blank()])["vectors"].shape == (1, 2)
+
+
+@pytest.mark.parametrize("change", [{"labels": ("a", "a")}, {"labels": ("",)}, {"weight": 0.0}, {"weight": float("nan")}])
+def test_sets_that_cannot_be(change):
+    with pytest.raises(ConfigError, match="set 'train'"):
+        Set(**change)
 
 
 def test_hashes_are_two_words_of_blake2b():

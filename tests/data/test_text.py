@@ -64,6 +64,22 @@ def test_truncation_keeps_the_special_tokens(bert, length):
     assert ids[1:-1] == [2028, 2048, 2093, 2176, 2274, 2416][: expected - 2]
 
 
+def test_words_share_a_number(bert):
+    texts = Texts(bert, 9, prompts={"q": "ask:"})
+    strings = ["Unaffable, isn't it?", "[MASK] wörld", "word " * 40, ""]
+    columns = texts.encode(strings, words=True)
+    for name, plain in texts.encode(strings).items():
+        np.testing.assert_array_equal(columns[name], plain)
+    assert columns["word"].dtype == np.int32
+    assert columns["word"].tolist() == [
+        [-1, 0, 0, 0, 1, 2, 3, 4, -1],  # una ##ffa ##ble , isn ' t
+        [-1, -1, 1, -1, -1, -1, -1, -1, -1],
+        [-1, *range(7), -1],
+        [-1] * 9,
+    ]
+    assert texts.encode(["unaffable"], prompt="q", words=True)["word"].tolist() == [[-1, 0, 1, 2, 2, 2, -1]]
+
+
 def test_lengths_are_those_of_encode(bert):
     texts = Texts(bert, 12, prompts={"query": "query: "})
     strings = ["", "a", "some words here", "word " * 40]

@@ -1,0 +1,46 @@
+"""Where rows come from: files of many formats, prepared data sets, the embedded one."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """One file, or several of one kind: TSV, CSV, JSONL, Parquet, ArrayRecord (of JSON rows) or lines of text; .gz accepted."""
+
+    path: str = ""
+    """A path, a glob pattern, a folder of Parquet files, or a URL that fsspec or etils knows (gs://...)."""
+    format: Literal["auto", "tsv", "csv", "jsonl", "parquet", "arrayrecord", "text"] = "auto"
+    """auto goes by the file name's ending."""
+    names: tuple[str, ...] = ()
+    """Column names of a TSV or CSV file without a header row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tfds:
+    """A data set prepared by tensorflow-datasets in ArrayRecord or Parquet, read without TensorFlow."""
+
+    name: str = ""
+    """Name of the data set, such as "snli", or the folder of a prepared one."""
+    split: str = "train"
+    """Split, slices such as train[:10%] included."""
+    data_dir: str = ""
+    """Where tensorflow-datasets keeps its data; empty for its own default."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Functions:
+    """The embedded data set: functions of the installed Python packages, docstring summary -> source without it.
+
+    Columns: `summary`, `code`, `name`, `package`. Split by package: held-out functions come from packages never seen.
+    """
+
+    split: Literal["train", "test"] = "train"
+    """Training packages or held-out packages."""
+    limit: int = 0
+    """At most so many rows, chosen by the seed; 0 for all."""
+    seed: int = 0
+    """Seed of the choice of files and rows."""
+
+
+Source = File | Tfds | Functions

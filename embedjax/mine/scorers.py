@@ -1,0 +1,57 @@
+"""Who scores the mined rows: the model that mined them, another embedding model, or a cross-encoder."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jax.sharding import Mesh as DeviceMesh
+from jaxtyping import Float
+
+from embedjax.config.errors import ConfigError
+from embedjax.evaluate.encode import encode
+from embedjax.evaluate.tasks.side import comparable
+from embedjax.load import Model
+
+Scorer = Callable[[Sequence[str], Sequence[Sequence[str]]], Float[np.ndarray, "n C"]]
+"""(n anchors, C documents of each) -> scores."""
+
+
+def teacher(model: Model, mesh: DeviceMesh | None = None) -> Scorer:
+    """The similarities of an embedding model; equal texts of a call are encoded once."""
+
+    def scores(anchors, documents):
+        flat = [text for row in documents for text in row]
+        queries, candidates = (_vectors(model, texts, side, mesh) for texts, side in ((anchors, "query"), (flat, "document")))
+        return np.einsum("ne,nce->nc", queries, candidates.reshape(len(anchors), -1, candidates.shape[-1]))
+
+    return scores
+
+
+def _vectors(model: Model, texts: Sequence[str], column: str, mesh: DeviceMesh | None) -> Float[np.ndarray, "n E"]:
+    different = {text: k for k, text in enumerate(dict.fromkeys(texts))}
+    vectors = comparable(encode(model, list(different), column=column, mesh=mesh), model.config.similarity)
+    return vectors[[different[text] for text in texts]]
+
+
+def cross_encoder(name: str) -> Scorer:
+    """The logits or probabilities that a sentence-transformers CrossEncoder of one output gives pairs of texts.
+
+    Raises ConfigError where sentence-transformers is not installed, or the model cannot be had.
+    """
+    try:
+        from sentence_transformers import CrossEncoder
+    except ImportError as error:
+        raise ConfigError(
+            f"a cross-encoder runs in sentence-transformers, which cannot be used ({error}): pip install 'embedjax[reference]'"
+        ) from None
+    try:
+        model = CrossEncoder(name, model_kwargs={"use_safetensors": True})
+    except Exception as error:  # whatever the libraries below it raise for a model that is not there or is none
+        raise ConfigError(f"the cross-encoder {name!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+    if model.num_labels != 1:
+        raise ConfigError(f"the cross-encoder {name!r} gives {model.num_labels} numbers a pair; one score is expected")
+
+    def scores(anchors, documents):
+        pairs = [(anchor, text) for anchor, row in zip(anchors, documents, strict=True) for text in row]
+        return np.asarray(model.predict(pairs, show_progress_bar=False), np.float32).reshape(len(anchors), -1)
+
+    return scores
