@@ -26,6 +26,7 @@ from embedjax.data.sources import open_source
 from embedjax.evaluate.encode import encode, fingerprint
 from embedjax.evaluate.retrieval import topk
 from embedjax.evaluate.rows import string_at, text_column
+from embedjax.evaluate.tasks.side import comparable
 from embedjax.load import Model
 
 LINES_SHOWN = 4
@@ -41,7 +42,7 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class Hit:
-    """A text found: rank from 1, cosine similarity, where it stands."""
+    """A text found: rank from 1, similarity, where it stands."""
 
     rank: int
     score: float
@@ -74,14 +75,14 @@ def search(
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Hit]:
-    """The min(k, N) texts nearest to the query by cosine. `cache` is a folder that keeps the corpus's vectors."""
+    """The min(k, N) texts nearest to the query, as the model compares. `cache` is a folder that keeps the corpus's vectors."""
     if not query.strip():
         raise ConfigError("the query is empty")
     if k < 1:
         raise ConfigError(f"{k} results were asked for; it must be at least 1")
     vectors = corpus_vectors(model, corpus.texts, mesh=mesh, cache=cache, progress=progress)
-    asked = encode(model, [query], column="anchor", prompt=_prompt(model, "anchor", "query"), mesh=mesh)
-    scores, rows = topk(_unit(asked), vectors, k, mesh=mesh)
+    asked = comparable(encode(model, [query], column="query", mesh=mesh), model.config.similarity)
+    scores, rows = topk(asked, vectors, k, mesh=mesh)
     found = zip(scores[0].tolist(), rows[0].tolist(), strict=True)
     return [Hit(rank, score, corpus.texts[row], corpus.places[row]) for rank, (score, row) in enumerate(found, 1)]
 
@@ -94,12 +95,12 @@ def corpus_vectors(
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Float[np.ndarray, "N E"]:
-    """Unit vectors of the texts: from the cache if the same model has encoded the same texts, else encoded and kept there."""
-    prompt = _prompt(model, "positive", "document")
-    file = cache and cache / f"{_key(model, texts, prompt)}.npy"
+    """Vectors of the texts as documents, of length 1 if cosines are compared: from the cache if the same model has encoded the
+    same texts, else encoded and kept there."""
+    file = cache and cache / f"{_key(model, texts)}.npy"
     if file and file.exists():
         return np.load(file, mmap_mode="r")
-    vectors = _unit(encode(model, texts, column="positive", prompt=prompt, mesh=mesh, progress=progress))
+    vectors = comparable(encode(model, texts, column="document", mesh=mesh, progress=progress), model.config.similarity)
     if file:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -172,17 +173,11 @@ def _functions(folder: Path) -> Iterator[tuple[str, str]]:
             yield code, f"{path}:{line}"
 
 
-def _prompt(model: Model, column: str, name: str) -> str | None:
-    return name if name in model.texts[model.config.tower_of(column)].prompts else None
-
-
-def _key(model: Model, texts: Sequence[str], prompt: str | None) -> str:
-    digest = hashlib.sha256(f"{fingerprint(model, 'positive')} {prompt} {len(texts)}\n".encode())
+def _key(model: Model, texts: Sequence[str]) -> str:
+    prompt = model.config.towers[model.config.tower_of("document")].prompt_for("document")
+    decided = f"{fingerprint(model, 'document')} {prompt} {model.config.similarity} {len(texts)}\n"
+    digest = hashlib.sha256(decided.encode())
     for text in texts:
         raw = text.encode()
         digest.update(f"{len(raw)} ".encode() + raw)
     return digest.hexdigest()
-
-
-def _unit(vectors: Float[np.ndarray, "N E"]) -> Float[np.ndarray, "N E"]:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -1,6 +1,8 @@
 """What a model is made of: architectures, heads and named towers. Sizes never come from data."""
 
 import dataclasses
+import math
+import re
 from typing import Literal
 
 from embedjax.config.errors import ConfigError
@@ -8,6 +10,10 @@ from embedjax.config.errors import ConfigError
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 PoolingName = Literal["mean", "cls", "max", "weightedmean", "lasttoken"]
 Dtype = Literal["float32", "bfloat16"]
+Similarity = Literal["cosine", "dot"]
+
+ROLES = {"query": "anchor", "document": "positive"}
+"""The two sides of a search, and the column that trains the tower of each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +127,32 @@ class ModernBert(Transformer):
     """Base of the rotary positions of local layers."""
 
 
-Architecture = Bert | Roberta | DistilBert | Mpnet | ModernBert
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A table of token vectors and no layers: a text is the mean of its tokens' vectors, without special tokens. It encodes
+    hundreds of times faster than a transformer (sentence-transformers' StaticEmbedding, model2vec)."""
+
+    vocab_size: int = 30522
+    """Rows of the token table (V). The tokenizer must not be larger."""
+    width: int = 256
+    """Width of the table (D)."""
+    init_std: float = 0.02
+    """Standard deviation of random initial vectors."""
+    pad_id: int = 0
+    """Token id of padding; its vector counts nowhere."""
+
+    def __post_init__(self):
+        for name in ("vocab_size", "width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"Static.{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return 0
+
+
+Architecture = Bert | Roberta | DistilBert | Mpnet | ModernBert | Static
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +169,28 @@ class Dense:
     def __post_init__(self):
         if self.features < 1:
             raise ConfigError(f"Dense.features is {self.features}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """A low-rank adapter (Hu et al. 2021): kernels W of the encoder become W + alpha / rank * A B; only A and B are trained."""
+
+    rank: int = 8
+    """Columns of A, rows of B."""
+    alpha: float = 16.0
+    """Strength: alpha / rank is the factor of A B."""
+    paths: str = "attn/(query|value)/kernel$"
+    """Regular expression of the encoder's kernels that are adapted; "blocks/" is all of them."""
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ConfigError(f"Lora.rank is {self.rank}; it must be at least 1")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError(f"Lora.alpha is {self.alpha}; it must be above 0 and finite")
+        try:
+            re.compile(self.paths)
+        except re.error as error:
+            raise ConfigError(f"Lora.paths is {self.paths!r}, which is not a regular expression: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +213,9 @@ class Tower:
     dense: tuple[Dense, ...] | None = None
     """Projections after pooling (default none)."""
     normalize: bool | None = None
-    """Whether the vector is scaled to length 1 (default yes)."""
+    """Whether the vector is scaled to length 1 (default yes, but not where similarity is set to "dot")."""
+    similarity: Similarity | None = None
+    """How vectors are compared, in losses and in use: their cosine, or the plain product (default cosine)."""
     max_length: int | None = None
     """Longest text in tokens, special tokens included (default 128, or the folder's)."""
     prompts: dict[str, str] | None = None
@@ -175,17 +230,33 @@ class Tower:
     """Recompute each layer in the backward pass: less memory, about a third more time."""
     layers: Literal["auto", "scan", "unroll"] = "auto"
     """How the layers are looped over; auto unrolls on a CPU and scans elsewhere."""
+    lora: dict[str, Lora] = dataclasses.field(default_factory=dict)
+    """Adapters by name, such as one a task. With any, the encoder itself is not trained."""
+    freeze_layers: int = 0
+    """With n, the token, position and type tables and the first n layers are not trained; 0 for none of them."""
 
     def __post_init__(self):
+        for name in self.lora:
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ConfigError(f"the adapter {name!r} of a tower needs a name of letters, digits, '_', '.' and '-'")
+        if self.freeze_layers < 0:
+            raise ConfigError(f"freeze_layers is {self.freeze_layers}; it must be at least 0")
         if self.max_length is not None and self.max_length < 1:
             raise ConfigError(f"max_length is {self.max_length}; it must be at least 1")
         if self.arch is None and not self.init:
             raise ConfigError("a tower needs `arch` (sizes) or `init` (a folder or hub id to start from)")
 
+    @property
+    def width(self) -> int:
+        """Numbers of a vector; 0 while the tower is not resolved."""
+        if self.dense:
+            return self.dense[-1].features
+        return self.arch.width if self.arch else 0
+
     def prompt_for(self, column: str) -> str | None:
         """The prompt's name for a column: "query" for anchors, "document" for the rest where the tower has such, else the
         default prompt."""
-        name = "query" if column in ("anchor", "query") else "document"
+        name = "query" if ROLES.get(column, column) == "anchor" else "document"
         return name if name in (self.prompts or {}) else self.default_prompt
 
 
@@ -196,15 +267,42 @@ class Model:
     towers: dict[str, Tower] = dataclasses.field(default_factory=dict)
     """Towers by name."""
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Tower of each column, such as {"anchor": "query"}; with one tower that encodes every column is its."""
+    """Tower of each column, such as {"anchor": "query", "positive": "document"}, whose tower encodes negatives too; with one
+    tower that encodes every column is its."""
 
     @property
     def encoders(self) -> tuple[str, ...]:
         """The towers that encode a column: all but those that only guide a loss."""
         return tuple(sorted(set(self.columns.values()) or self.towers))
 
+    @property
+    def routes(self) -> dict[str, str]:
+        """The towers of the finished model: {"text": name} for one, else {"query": name, "document": name}. Raises ConfigError
+        for other towers than those of anchors and positives."""
+        if len(self.encoders) == 1:
+            return {"text": self.encoders[0]}
+        routes = {role: self.tower_of(role) for role in ROLES}
+        if odd := sorted(set(self.encoders) - set(routes.values())):
+            raise ConfigError(
+                f"model.columns gives columns to {list(self.encoders)}; a model that is written has one tower, or one of "
+                f"anchors and one of positives, not {odd[0]!r} too"
+            )
+        return routes
+
+    @property
+    def similarity(self) -> Similarity:
+        """How vectors are compared. Raises ConfigError when towers disagree."""
+        found: dict[str, Similarity] = {name: self.towers[name].similarity or "cosine" for name in self.encoders}
+        if len(set(found.values())) > 1:
+            raise ConfigError(f"the towers' vectors are compared with each other, but their similarities differ: {found}")
+        return found[self.encoders[0]]
+
     def tower_of(self, column: str) -> str:
-        """The name of the tower that encodes a column; `negative_2` follows `negative`."""
+        """The name of the tower that encodes a column. `negative_2` follows `negative`, and that, if it is not named,
+        `positive`; "query" is the tower of anchors, "document" that of positives."""
+        column = ROLES.get(column, column).partition("_")[0]
+        if column == "negative" and column not in self.columns:
+            column = "positive"
         if column in self.columns:
             return self.columns[column]
         if len(self.encoders) == 1:

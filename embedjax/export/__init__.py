@@ -8,15 +8,26 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from embedjax.config import Tower
+from embedjax import config as configs
+from embedjax.config import Static, Tower
 from embedjax.config.errors import ConfigError, StorageError, nearest
-from embedjax.data.text import save_tokenizer
+from embedjax.data.text import save_tokenizer, save_truncating
 from embedjax.export import card, gate
-from embedjax.load import Model
+from embedjax.load import Model, adapted
 from embedjax.models import written
+from embedjax.models.classifier import write_heads
 from embedjax.models.embedder import build_embedder
 
-FORMATS = {"sentence-transformers": written.write_sentence_transformers, "hf": written.write_hf}
+FORMATS = ("sentence-transformers", "hf")
+
+
+def check_format(model: configs.Model, format: str) -> None:
+    """Raises ConfigError for an unknown format, and for towers that it does not hold."""
+    if format not in FORMATS:
+        raise ConfigError(f"unknown export format {format!r}; {nearest(format, FORMATS)}")
+    for name in model.routes.values():
+        if format == "hf" and isinstance(model.towers[name].arch, Static):
+            raise ConfigError(f"tower {name!r} is a static table, which is no Hugging Face model; write sentence-transformers")
 
 
 def export(
@@ -28,27 +39,34 @@ def export(
     scores: Mapping[str, float] | None = None,
     replace: bool = False,
     title: str = "",
+    adapter: str = "",
 ) -> float:
-    """Writes the model's tower as a folder and compares it with the model on at least 256 texts, among them `texts`.
+    """Writes the model as a folder and compares it with the model on at least 256 texts, among them `texts`.
 
-    "sentence-transformers" is the legacy spelling every server reads; "hf" the bare encoder, tokenizer and config. The folder
-    is put in place whole, after the gate. Returns the largest difference; raises CheckFailed above 1e-4, StorageError when the
-    folder exists (unless `replace`), ConfigError for an unknown format or a model of several towers.
+    "sentence-transformers" is the legacy spelling every server reads; "hf" the bare encoder, tokenizer and config. Of a query
+    and a document tower each is a folder of that kind, FOLDER/query and FOLDER/document; "sentence-transformers" joins them as
+    a Router. Class heads go beside it. Of several adapters `adapter` names that which is merged into the kernels. The folder is
+    put in place whole, after the gate. Returns the largest difference; raises CheckFailed above 1e-4, StorageError when the
+    folder exists (unless `replace`), ConfigError for an unknown format or adapter, or other towers.
     """
     folder = folder.absolute()
-    if format not in FORMATS:
-        raise ConfigError(f"unknown export format {format!r}; {nearest(format, FORMATS)}")
-    model = _alone(model, format)
+    check_format(model.config, format)
+    model = _finished(adapted(model, adapter))
     if folder.exists() and not replace and any(folder.iterdir()):
         raise StorageError(f"{folder}: exists and is not empty; choose another folder")
-    (name, tower), part = next(iter(model.config.towers.items())), folder.with_name(folder.name + ".partial")
+    part = folder.with_name(folder.name + ".partial")
     shutil.rmtree(part, ignore_errors=True)
-    params = jax.tree.map(np.asarray, model.params["towers"][name])
-    write_tokenizer = lambda where: save_tokenizer(
-        model.texts[name].tokenizer, where, max_length=model.texts[name].max_length, source=model.tokenizers[name]
-    )
-    FORMATS[format](part, tower, params, write_tokenizer=write_tokenizer)
+    towers = {route: _part(model, name) for route, name in model.config.routes.items()}
+    if format == "hf":
+        for route, tower in towers.items():
+            written.write_hf(part if len(towers) == 1 else part / route, *tower[:2], write_tokenizer=tower[2])
+    elif len(towers) == 1:
+        tower = towers["text"]
+        written.write_sentence_transformers(part, *tower[:2], write_tokenizer=tower[2])
+    else:
+        written.write_router(part, towers)
     shown = _headless(model) if format == "hf" else model
+    write_heads(part, shown.heads)
     (part / "README.md").write_text(card.card(shown, title or folder.name, scores))
     difference = gate.write(_exact(shown), part, texts)
     if folder.exists():
@@ -57,12 +75,21 @@ def export(
     return difference
 
 
-def _alone(model: Model, format: str) -> Model:
-    """The model with the one tower that encodes, without those that only guided its training."""
-    names = model.config.encoders
-    if len(names) != 1:
-        raise ConfigError(f"{format} holds one tower; this model has {list(names)}")
-    keep = lambda tree: {name: tree[name] for name in names}
+def _part(model: Model, name: str) -> written.Part:
+    tower, texts = model.config.towers[name], model.texts[name]
+
+    def write_tokenizer(where: Path) -> None:
+        if isinstance(tower.arch, Static):
+            save_truncating(texts.tokenizer, where, max_length=texts.max_length)
+        else:
+            save_tokenizer(texts.tokenizer, where, max_length=texts.max_length, source=model.tokenizers[name])
+
+    return tower, jax.tree.map(np.asarray, model.params["towers"][name]), write_tokenizer
+
+
+def _finished(model: Model) -> Model:
+    """The model without the towers that only guided its training."""
+    keep = lambda tree: {name: tree[name] for name in model.config.encoders}
     return dataclasses.replace(
         model,
         config=dataclasses.replace(model.config, towers=keep(model.config.towers)),
@@ -75,21 +102,20 @@ def _alone(model: Model, format: str) -> Model:
 
 def _exact(model: Model) -> Model:
     """The model computing in float32: the gate judges the weights written, not the type they were trained in."""
-    (name, tower) = next(iter(model.config.towers.items()))
-    return _with(model, name, dataclasses.replace(tower, compute="float32"))
+    exact = {name: dataclasses.replace(tower, compute="float32") for name, tower in model.config.towers.items()}
+    return _with(model, exact)
 
 
 def _headless(model: Model) -> Model:
-    """The model as a reader of a bare encoder has it: mean pooling, length 1, no projection, no prompts."""
-    (name, tower), params = next(iter(model.config.towers.items())), dict(model.params["towers"])
-    plain = dataclasses.replace(
-        tower, pooling="mean", dense=(), normalize=True, prompts={}, default_prompt=None, include_prompt=True
-    )
-    params[name] = {"encoder": params[name]["encoder"]}
-    texts = {name: dataclasses.replace(model.texts[name], prompts={}, default_prompt=None, include_prompt=True)}
-    return dataclasses.replace(_with(model, name, plain), params={"towers": params}, texts=texts)
+    """The model as a reader of bare encoders has it: mean pooling, cosines of length 1, no projection, no prompts."""
+    plain = {"prompts": {}, "default_prompt": None, "include_prompt": True}
+    head = {"pooling": "mean", "dense": (), "normalize": True, "similarity": "cosine"}
+    towers = {name: dataclasses.replace(tower, **head, **plain) for name, tower in model.config.towers.items()}
+    params = {name: {"encoder": params["encoder"]} for name, params in model.params["towers"].items()}
+    texts = {name: dataclasses.replace(texts, **plain) for name, texts in model.texts.items()}
+    return dataclasses.replace(_with(model, towers), params={"towers": params}, texts=texts, heads={})
 
 
-def _with(model: Model, name: str, tower: Tower) -> Model:
-    config = dataclasses.replace(model.config, towers={name: tower})
-    return dataclasses.replace(model, config=config, embedders={name: build_embedder(tower)})
+def _with(model: Model, towers: dict[str, Tower]) -> Model:
+    config = dataclasses.replace(model.config, towers=towers)
+    return dataclasses.replace(model, config=config, embedders={name: build_embedder(t) for name, t in towers.items()})

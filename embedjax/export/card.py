@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from embedjax.config import Config, Set, Tower, serialize
+from embedjax.config import Config, Set, Static, Tower, serialize
 from embedjax.load import Model
 
 HEAD = """---
@@ -17,12 +17,7 @@ tags: [sentence-transformers, sentence-similarity, feature-extraction, embedjax]
 
 Maps texts to vectors of {width} dimensions, {unit}. Trained with embedjax.
 
-| | |
-|---|---|
-| architecture | {arch}: {depth} layers, width {hidden}, {heads} heads |
-| longest text | {max_length} tokens |
-| pooling | {pooling} |
-| similarity | {similarity} |
+{towers}
 
 ## Use
 
@@ -30,43 +25,61 @@ Maps texts to vectors of {width} dimensions, {unit}. Trained with embedjax.
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("path/to/{title}")
-vectors = model.encode(["a text", "another text"])
-print(model.similarity(vectors, vectors))
+{use}
 ```
 """
+
+USE = {
+    "text": """vectors = model.encode(["a text", "another text"])
+print(model.similarity(vectors, vectors))""",
+    "query": """queries = model.encode_query(["what is looked for"])
+documents = model.encode_document(["a text", "another text"])
+print(model.similarity(queries, documents))""",
+}
 
 
 def card(model: Model, title: str, scores: Mapping[str, float] | None = None) -> str:
     """The card as Markdown with the front matter the Hugging Face hub reads."""
-    name, tower = next(iter(model.config.towers.items()))
-    parts = [_head(model, title, name, tower)]
+    routes = {route: model.config.towers[name] for route, name in model.config.routes.items()}
+    parts = [_head(routes, title)]
     config = model.details.get("config")
     if isinstance(config, Config):
         parts.append(_training(config, model.details.get("step")))
     if scores:
         rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in scores.items())
         parts.append(f"## Scores\n\n| metric | value |\n|---|---|\n{rows}\n")
-    if tower.prompts:
-        rows = "\n".join(f"| {key} | `{value}` |" for key, value in tower.prompts.items())
+    if prompts := {key: value for tower in routes.values() for key, value in (tower.prompts or {}).items()}:
+        rows = "\n".join(f"| {key} | `{value}` |" for key, value in prompts.items())
         parts.append(f"## Prompts\n\n| name | put before the text |\n|---|---|\n{rows}\n")
     return "\n".join(parts)
 
 
-def _head(model: Model, title: str, name: str, tower: Tower) -> str:
-    arch = tower.arch
-    assert arch is not None
+def _head(routes: Mapping[str, Tower], title: str) -> str:
+    towers, (first, *_) = routes.values(), routes.values()
+    units = {"of length 1" if tower.normalize else "not normalised" for tower in towers}
+    columns = ["", *(f"{route} tower" for route in routes)] if len(routes) > 1 else ["", ""]
+    facts = {
+        "architecture": [_sizes(tower) for tower in towers],
+        "longest text": [f"{tower.max_length} tokens" for tower in towers],
+        "pooling": [str(tower.pooling) for tower in towers],
+        "similarity": [tower.similarity or "cosine" for tower in towers],
+    }
+    rows = [columns, ["---"] * len(columns), *([name, *values] for name, values in facts.items())]
     return HEAD.format(
         title=title,
-        width=model.embedders[name].width,
-        unit="of length 1" if tower.normalize else "not normalised",
-        arch=type(arch).__name__,
-        depth=arch.depth,
-        hidden=arch.width,
-        heads=arch.heads,
-        max_length=tower.max_length,
-        pooling=tower.pooling,
-        similarity="cosine",
+        width=first.width,
+        unit=units.pop() if len(units) == 1 else "of length 1 or not, by tower",
+        towers="\n".join(f"| {' | '.join(row)} |" for row in rows),
+        use=USE["query" if len(routes) > 1 or "query" in (first.prompts or {}) else "text"],
     )
+
+
+def _sizes(tower: Tower) -> str:
+    arch = tower.arch
+    if isinstance(arch, Static):
+        return f"static table of {arch.vocab_size} tokens, width {arch.width}"
+    assert arch is not None
+    return f"{type(arch).__name__}: {arch.depth} layers, width {arch.width}, {arch.heads} heads"
 
 
 def _training(config: Config, step: Any) -> str:

@@ -30,17 +30,17 @@ def sample_texts(texts: Texts, count: int = TEXTS, seed: int = 0) -> list[str]:
 
 
 def write(model: Model, folder: Path, texts: Sequence[str] = ()) -> float:
-    """Compares the folder with the model on at least 256 texts and leaves the texts and vectors in it as its reference.
+    """Compares the folder with the model on at least 256 texts, by every tower, and leaves texts and vectors in it as its
+    reference.
 
     Raises CheckFailed when a component differs by more than 1e-4. Returns the largest difference.
     """
-    name = next(iter(model.texts))
     chosen = list(texts[: TEXTS // 2])
-    chosen += sample_texts(model.texts[name], TEXTS - len(chosen))
-    with jax.default_matmul_precision("highest"):
-        wanted = encode(model, chosen)
+    longest = max((model.texts[name] for name in model.config.routes.values()), key=lambda texts: texts.max_length)
+    chosen += sample_texts(longest, TEXTS - len(chosen))
+    wanted = _vectors(model, chosen)
     difference = _embedjax(folder, chosen, wanted)
-    save_file({"vectors": wanted}, folder / "parity.safetensors")
+    save_file(wanted, folder / "parity.safetensors")
     record = {"texts": chosen, "max_difference": difference, "tolerance": TOLERANCE}
     (folder / "parity.json").write_text(json.dumps(record, indent=1, ensure_ascii=False))
     judge(folder, {"embedjax": difference})
@@ -54,7 +54,7 @@ def check(folder: Path) -> dict[str, float | None]:
     """
     try:
         record = json.loads((folder / "parity.json").read_text())
-        wanted = load_file(folder / "parity.safetensors")["vectors"]
+        wanted = load_file(folder / "parity.safetensors")
         texts = record["texts"]
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"{folder}: no parity.json and parity.safetensors to check against ({error})") from error
@@ -69,24 +69,34 @@ def judge(folder: Path, found: Mapping[str, float | None]) -> None:
             raise CheckFailed(f"{folder}: {told}")
 
 
-def _difference(wanted: np.ndarray, found: np.ndarray) -> float:
-    return float(np.abs(wanted - found).max()) if wanted.shape == found.shape else float("inf")
-
-
-def _embedjax(folder: Path, texts: list[str], wanted: np.ndarray) -> float:
+def _vectors(model: Model, texts: list[str]) -> dict[str, np.ndarray]:
+    """{"vectors"} of a model of one tower, {"query", "document"} of one of two."""
     # Accelerators multiply in less than float32 by default, and other readers may be on a CPU.
     with jax.default_matmul_precision("highest"):
-        return _difference(wanted, encode(load(folder), texts))
+        return {"vectors" if role == "text" else role: encode(model, texts, column=role) for role in model.config.routes}
 
 
-def _sentence_transformers(folder: Path, texts: list[str], wanted: np.ndarray) -> float | None:
+def _difference(wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> float:
+    if {name: x.shape for name, x in wanted.items()} != {name: x.shape for name, x in found.items()}:
+        return float("inf")
+    return float(np.max([np.abs(wanted[name] - found[name]).max() for name in wanted]))
+
+
+def _embedjax(folder: Path, texts: list[str], wanted: Mapping[str, np.ndarray]) -> float:
+    return _difference(wanted, _vectors(load(folder), texts))
+
+
+def _sentence_transformers(folder: Path, texts: list[str], wanted: Mapping[str, np.ndarray]) -> float | None:
     if importlib.util.find_spec("sentence_transformers") is None or not (folder / "modules.json").exists():
         return None
     from sentence_transformers import SentenceTransformer  # pyright: ignore[reportMissingImports]
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    return _difference(wanted, SentenceTransformer(str(folder), device="cpu").encode(texts, show_progress_bar=False))
+    model = SentenceTransformer(str(folder), device="cpu")
+    ways = {"vectors": "encode", "query": "encode_query", "document": "encode_document"}
+    found = {name: getattr(model, ways[name])(texts, show_progress_bar=False) for name in wanted}
+    return _difference(wanted, found)
 
 
 CONSUMERS = {"embedjax": _embedjax, "sentence-transformers": _sentence_transformers}

@@ -26,8 +26,8 @@ class Output(NamedTuple):
     """One vector a text."""
     tokens: Float[Array, "*B L D"] | None = None
     """The last layer's vectors of every token, padding included."""
-    layers: Float[Array, "S *B L D"] | None = None
-    """Every layer's."""
+    layers: Float[Array, "S+1 *B L D"] | None = None
+    """Every layer's, the token embeddings first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +90,11 @@ class Embedder:
             tokens=unflatten(tokens, ()) if "tokens" in want else None,
             layers=None if each is None else unflatten(each, each.shape[:1]),
         )
+
+    def pool(self, params: dict[str, Any], tokens: Float[Array, "*B L D"], column: dict[str, Array]) -> Float[Array, "*B E"]:
+        """The embeddings of a column from token vectors, such as an earlier layer's."""
+        flat = {name: x.reshape(-1, x.shape[-1]) for name, x in column.items()}
+        return self._head(params, tokens.reshape(-1, *tokens.shape[-2:]), flat).reshape(*tokens.shape[:-2], self.width)
 
     def _head(self, params: dict[str, Any], tokens_BLD: Array, flat: dict[str, Array]) -> Array:
         pool_BL = flat.get("pool", flat["mask"])

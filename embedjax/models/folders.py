@@ -2,28 +2,29 @@
 
 Two kinds: plain Hugging Face folders (config.json, model.safetensors) and sentence-transformers folders (modules.json
 besides), in the legacy spelling (classes under sentence_transformers.models, pooling by booleans, max_seq_length) and in
-that of 5.4 and later (other class paths, `pooling_mode`, the tokenizer's model_max_length).
+that of 5.4 and later (other class paths, `pooling_mode`, the tokenizer's model_max_length). Of a Router each route is read as
+a folder of its own, FOLDER/query and FOLDER/document.
 """
 
 import dataclasses
 import math
 import re
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from embedjax.config import Architecture, Dense, Tower
+from embedjax.config import Architecture, Dense, Static, Tower
 from embedjax.config.errors import ConfigError, nearest
-from embedjax.config.model import PoolingName
+from embedjax.config.model import PoolingName, Similarity
 from embedjax.models.families import FAMILIES, family_of
-from embedjax.models.jsonfile import get, read_json, read_list
+from embedjax.models.families.static import from_model2vec
+from embedjax.models.jsonfile import get, read_json
+from embedjax.models.layout import Layout, is_route, layout
 from embedjax.models.weights import from_tensors, load_tensors
 
 FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]  # what is fetched from the hub; never code
 UNUSED = ["onnx/*", "openvino/*", "*/onnx/*", "*.onnx*", "flax_model*"]
-KINDS = ("Transformer", "Pooling", "Dense", "Normalize")
-CLASS = re.compile(r"sentence_transformers\.(?:models|base\.modules|sentence_transformer\.modules)(?:\.\w+)?\.(\w+)")
 BOOLEANS = {  # the legacy spelling's key of each pooling
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -36,20 +37,9 @@ ACTIVATIONS: dict[str, Literal["tanh", "identity"]] = {
     "torch.nn.modules.activation.Tanh": "tanh",
     "torch.nn.modules.linear.Identity": "identity",
 }
+PLAIN = {"prompts": {}, "default_prompt": None, "similarity": "cosine"}  # of a folder that says nothing of them
+STATIC_LENGTH = 512
 ENCODER_CONFIGS = tuple(f"sentence_{name}_config.json" for name in ("bert", "roberta", "distilbert", "xlm-roberta"))
-
-
-class Layout(NamedTuple):
-    """Where the parts of a folder are."""
-
-    encoder: Path
-    """Folder of config.json, weights and tokenizer."""
-    pooling: Path | None
-    """Folder of the pooling's config; None for a plain folder."""
-    dense: tuple[Path, ...]
-    """Folders of the projections, in order."""
-    normalize: bool
-    """Whether vectors are scaled to length 1."""
 
 
 def resolve(name_or_path: str | Path) -> Path:
@@ -58,7 +48,7 @@ def resolve(name_or_path: str | Path) -> Path:
     Fetches safetensors, JSON and tokenizer text only. Raises ConfigError when the model cannot be had.
     """
     path, name = Path(name_or_path).expanduser(), str(name_or_path)
-    if name and path.is_dir():
+    if name and (path.is_dir() or is_route(path)):
         return path
     if name and path.exists():
         raise ConfigError(f"{path} is a file; expected a model folder or a hub id")
@@ -76,25 +66,27 @@ def resolve(name_or_path: str | Path) -> Path:
 
 
 def read_tower(folder: str | Path) -> Tower:
-    """The fully resolved Tower of a folder; its `init` is the folder and its `tokenizer` where the tokenizer's files are.
+    """The fully resolved Tower of a folder, or of a Router's route; its `init` is the folder and its `tokenizer` where the
+    tokenizer's files are.
 
     A plain Hugging Face folder pools by the mean and normalises. Raises ConfigError for an architecture, module or option
     that is not supported, for code of the folder's own, and for files that are missing, malformed or contradictory.
     """
     folder = Path(folder)
-    layout = _layout(folder)
-    arch = read_arch(layout.encoder)
-    settings: dict[str, Any] = {"pooling": "mean", "include_prompt": True, "prompts": {}, "default_prompt": None}
-    if layout.pooling:
-        settings = _read_pooling(layout.pooling, arch.width) | _read_prompts(folder)
+    found = layout(folder)
+    arch = _read_static(found.encoder)[0] if found.static else read_arch(found.encoder)
+    pooling: dict[str, Any] = {"pooling": "mean", "include_prompt": True}
+    if found.pooling:
+        pooling = _read_pooling(found.pooling, arch.width)
     return Tower(
         arch=arch,
         init=str(folder),
-        tokenizer=str(layout.encoder),
-        dense=_read_dense(layout, arch.width),
-        normalize=layout.normalize,
-        max_length=_read_max_length(layout.encoder, arch),
-        **settings,
+        tokenizer=str(found.encoder),
+        dense=_read_dense(found, arch.width),
+        normalize=found.normalize,
+        max_length=_read_truncation(found.encoder) if found.static else _read_max_length(found.encoder, arch),
+        **pooling,
+        **(_read_settings(found.settings) if found.settings else PLAIN),
     )
 
 
@@ -103,15 +95,20 @@ def read_params(folder: str | Path, tower: Tower) -> dict[str, Any]:
 
     "dense" is there only when the folder has projections. Raises ConfigError when encoder or projections are not the tower's.
     """
-    layout = _layout(Path(folder))
+    found = layout(Path(folder))
     if tower.arch is None:
         raise ConfigError(f"the tower of {folder} has no architecture; it must be resolved before its weights are read")
-    params: dict[str, Any] = {"encoder": from_tensors(tower.arch, load_tensors(layout.encoder), file=layout.encoder)}
-    specs = _read_dense(layout, tower.arch.width)
+    if found.static != isinstance(tower.arch, Static):
+        raise ConfigError(
+            f"{folder} holds a {'static table' if found.static else 'transformer'}, not a {type(tower.arch).__name__}"
+        )
+    tensors = _read_static(found.encoder)[1] if found.static else load_tensors(found.encoder)
+    params: dict[str, Any] = {"encoder": from_tensors(tower.arch, tensors, file=found.encoder)}
+    specs = _read_dense(found, tower.arch.width)
     if specs and specs != tower.dense:
         raise ConfigError(f"{folder} has the projections {specs}, the tower {tower.dense}")
     width = tower.arch.width
-    for n, (path, spec) in enumerate(zip(layout.dense, specs, strict=True)):
+    for n, (path, spec) in enumerate(zip(found.dense, specs, strict=True)):
         params.setdefault("dense", {})[str(n)] = _read_dense_weights(path, spec, width)
         width = spec.features
     return params
@@ -145,39 +142,6 @@ def read_arch(folder: Path) -> Architecture:
     return arch
 
 
-def _layout(folder: Path) -> Layout:
-    file = folder / "modules.json"
-    if not file.exists():
-        return Layout(folder, None, (), True)
-    modules = [(_kind(module, file), _inside(folder, module, file)) for module in read_list(file)]
-    order = " ".join(kind for kind, _ in modules)
-    if not re.fullmatch(r"Transformer Pooling( Dense)*( Normalize)?", order):
-        raise ConfigError(f"{file} lists the modules {order or 'none'}; expected Transformer Pooling [Dense ...] [Normalize]")
-    paths = [path for _, path in modules]
-    dense = tuple(path for kind, path in modules if kind == "Dense")
-    return Layout(paths[0], paths[1], dense, order.endswith("Normalize"))
-
-
-def _kind(module: dict[str, Any], file: Path) -> str:
-    name = get(module, "type", str, "", file=file)
-    match = CLASS.fullmatch(name)
-    if not match:
-        raise ConfigError(f"{file}: module {name!r} is not one of sentence-transformers' own; code of a folder is never run")
-    if match[1] not in KINDS:
-        raise ConfigError(f"{file}: module {name!r} is not supported; {nearest(match[1], KINDS)}")
-    return match[1]
-
-
-def _inside(folder: Path, module: dict[str, Any], file: Path) -> Path:
-    """The folder of a module. It must lie inside the model's folder, links followed."""
-    text = get(module, "path", str, "", file=file)
-    path = PurePosixPath(text)
-    inside = not path.is_absolute() and ".." not in path.parts and "\\" not in text and "\0" not in text
-    if not inside or not (folder / path).resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(f"{file}: module path {text!r} leaves the folder")
-    return folder / path
-
-
 def _read_pooling(folder: Path, width: int) -> dict[str, Any]:
     file = folder / "config.json"
     config = read_json(file)
@@ -193,7 +157,8 @@ def _read_pooling(folder: Path, width: int) -> dict[str, Any]:
     return {"pooling": modes[0], "include_prompt": get(config, "include_prompt", bool, True, file=file)}
 
 
-def _read_prompts(folder: Path) -> dict[str, Any]:
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """What the folder says of the whole model: prompts and similarity."""
     file = folder / "config_sentence_transformers.json"
     config = read_json(file) if file.exists() else {}
     kind = get(config, "model_type", str, "SentenceTransformer", file=file)
@@ -210,12 +175,16 @@ def _read_prompts(folder: Path) -> dict[str, Any]:
     default = get(config, "default_prompt_name", str, None, file=file)
     if default is not None and default not in prompts:
         raise ConfigError(f"{file}: default_prompt_name {default!r} is no prompt; {nearest(default, prompts)}")
-    return {"prompts": prompts, "default_prompt": default}
+    similarity = get(config, "similarity_fn_name", str, "cosine", file=file)
+    if similarity not in get_args(Similarity):
+        expected = ", ".join(get_args(Similarity))
+        raise ConfigError(f"{file}: similarity_fn_name {similarity!r} is not supported; expected one of {expected}")
+    return {"prompts": prompts, "default_prompt": default, "similarity": similarity}
 
 
-def _read_dense(layout: Layout, width: int) -> tuple[Dense, ...]:
+def _read_dense(found: Layout, width: int) -> tuple[Dense, ...]:
     specs = []
-    for folder in layout.dense:
+    for folder in found.dense:
         file = folder / "config.json"
         config = read_json(file)
         where = {get(config, f"module_{end}_name", str, "sentence_embedding", file=file) for end in ("input", "output")}
@@ -241,6 +210,24 @@ def _read_dense_weights(folder: Path, spec: Dense, width: int) -> dict[str, np.n
         raise ConfigError(f"{folder} holds the tensors {found}; expected floating-point {expected}")
     kernel = {"kernel": np.ascontiguousarray(tensors["linear.weight"].T)}
     return kernel | ({"bias": tensors["linear.bias"]} if spec.bias else {})
+
+
+def _read_static(folder: Path) -> tuple[Static, dict[str, np.ndarray]]:
+    """A table's architecture and tensors: it has no config, its sizes are those of its one tensor."""
+    tensors = from_model2vec(load_tensors(folder), file=folder)
+    table = tensors.get("embedding.weight")
+    if table is None or table.ndim != 2 or 0 in table.shape:
+        raise ConfigError(f"{folder} holds the tensors {sorted(tensors)}; expected a table `embedding.weight`")
+    return Static(*table.shape), tensors
+
+
+def _read_truncation(folder: Path) -> int:
+    """The limit in tokens that a table's tokenizer.json states; without one, model2vec's."""
+    file = folder / "tokenizer.json"
+    stated = get(get(read_json(file), "truncation", dict, {}, file=file), "max_length", int, STATIC_LENGTH, file=file)
+    if stated < 1:
+        raise ConfigError(f"{file}: the longest text is {stated} tokens; it must be at least 1")
+    return stated
 
 
 def _read_max_length(folder: Path, arch: Architecture) -> int:

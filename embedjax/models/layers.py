@@ -52,6 +52,8 @@ class View(NamedTuple):
     """Cosine and sine of rotary positions (ops.rope_table)."""
     attn_norm: Bool[Array, ""] | None = None
     """Pre-norm blocks: False skips the norm before attention; None never skips."""
+    memory: Float[Array, "B D"] | None = None
+    """Decoders: the vector of each text that it is told of."""
 
 
 class Dense(nn.Module):
@@ -169,8 +171,9 @@ def stack(
     per_layer: PyTree,
     view: Callable[[PyTree], View],
     want_layers: bool = False,
-) -> tuple[Float[Array, "B L D"], Float[Array, "S B L D"] | None]:
-    """Run S copies of a block, their parameters stacked on axis 0 under `blocks` of the tower; float32 results.
+) -> tuple[Float[Array, "B L D"], Float[Array, "S+1 B L D"] | None]:
+    """Run S copies of a block, their parameters stacked on axis 0 under `blocks` of the tower; float32 results, of each layer
+    behind what the first one sees.
 
     `block` is a template, made with parent=None. `per_layer` is a tree of arrays [S ...]; `view` turns one layer's slice of it
     into what the block sees. The tower's fields say how: `remat` recomputes layers in the backward pass; `layers` scans
@@ -188,7 +191,7 @@ def stack(
         return by_rows(y)
 
     layer = jax.checkpoint(layer) if tower.remat else layer
-    x_BLD = by_rows(x_BLD)
+    x_BLD = first_BLD = by_rows(x_BLD)
     stacked = tower.param("blocks", init), per_layer
     if tower.layers == "unroll" or (tower.layers == "auto" and on_cpu()):
         outputs = []
@@ -198,7 +201,9 @@ def stack(
         each = jnp.stack(outputs) if want_layers else None
     else:
         x_BLD, each = jax.lax.scan(lambda x, s: (y := layer(x, s), y if want_layers else None), x_BLD, stacked)
-    return x_BLD.astype(jnp.float32), None if each is None else each.astype(jnp.float32)
+    if each is not None:
+        each = jnp.concatenate([first_BLD[None], each]).astype(jnp.float32)
+    return x_BLD.astype(jnp.float32), each
 
 
 def unstack(tree: PyTree) -> list[PyTree]:

@@ -139,7 +139,7 @@ def _sort_out(
     names: Names, tensors: Mapping[str, np.ndarray], depth: int
 ) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
     """The tensors of the table by its names, the names set twice, and the names that are neither in it nor left out."""
-    known = {row.theirs.format(layer=n) for row in names.rows for n in range(depth)}
+    known = {row.theirs.format(layer=n) for row in names.rows for n in (range(depth) if row.stacked else [0])}
     found: dict[str, np.ndarray] = {}
     twice, unknown = [], []
     for full, tensor in tensors.items():

@@ -16,10 +16,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from embedjax.config import Tower
+from embedjax.config import ROLES, Static, Tower
 from embedjax.config.errors import ConfigError, StorageError
 from embedjax.models.families import family_of
 from embedjax.models.folders import ACTIVATIONS, BOOLEANS
+from embedjax.models.layout import ROUTER_CONFIG
 from embedjax.models.weights import to_tensors
 
 VERSIONS = {
@@ -27,6 +28,10 @@ VERSIONS = {
     "transformers": "4.41.0",
     "pytorch": "2.3.0",
 }  # the oldest that read such a folder
+MODULE = "sentence_transformers.models."
+
+Part = tuple[Tower, Mapping[str, Any], Callable[[Path], object]]
+"""A resolved tower, its parameters, and what writes its tokenizer."""
 
 
 def write_sentence_transformers(
@@ -43,30 +48,28 @@ def write_sentence_transformers(
     (unless `replace`) or cannot be written, ConfigError when the parameters are not the tower's; then nothing is left behind.
     """
     with _folder(Path(folder), replace) as root:
-        modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
-        _write_encoder(root, tower, params, write_tokenizer)
-        _write_pooling(root / "1_Pooling", tower)
-        for n, kernel_and_bias in enumerate(_dense_params(tower, params)):
-            path = f"{len(modules)}_Dense"
-            modules.append(("Dense", path))
-            _write_dense(root / path, tower, n, kernel_and_bias)
-        if tower.normalize:
-            path = f"{len(modules)}_Normalize"
-            modules.append(("Normalize", path))
-            (root / path).mkdir()
-        entries = [
-            {"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for n, (kind, path) in enumerate(modules)
-        ]
-        _write_json(root / "modules.json", entries)
-        _write_json(root / "sentence_bert_config.json", {"max_seq_length": tower.max_length, "do_lower_case": False})
-        settings = {
-            "__version__": VERSIONS,
-            "prompts": tower.prompts,
-            "default_prompt_name": tower.default_prompt,
-            "similarity_fn_name": "cosine",
-        }
-        _write_json(root / "config_sentence_transformers.json", settings)
+        _write_tower(root, tower, params, write_tokenizer)
+    return Path(folder)
+
+
+def write_router(folder: str | Path, towers: Mapping[str, Part], *, replace: bool = False) -> Path:
+    """Write a sentence-transformers Router (5.0 and later) of a query and a document tower: {"query": (tower, parameters,
+    write_tokenizer), "document": ...}. FOLDER/query and FOLDER/document are model folders of their own besides, for servers
+    that know no Router. Otherwise as above; ConfigError too for prompts of one name that differ.
+    """
+    with _folder(Path(folder), replace) as root:
+        types: dict[str, str] = {}
+        structure: dict[str, list[str]] = {}
+        for route, part in towers.items():
+            (root / route).mkdir()
+            names = {f"{route}/{path}".rstrip("/"): MODULE + kind for kind, path in _write_tower(root / route, *part)}
+            types |= names
+            structure[route] = list(names)
+        _write_modules(root, [("Router", "")])
+        parameters = {"default_route": "document", "allow_empty_key": True}
+        _write_json(root / ROUTER_CONFIG, {"types": types, "structure": structure, "parameters": parameters})
+        model = {route: tower for route, (tower, *_) in towers.items()}
+        _write_settings(root, _shared_prompts(model), None, model["document"], VERSIONS | {"sentence_transformers": "5.0.0"})
     return Path(folder)
 
 
@@ -78,10 +81,67 @@ def write_hf(
     write_tokenizer: Callable[[Path], object],
     replace: bool = False,
 ) -> Path:
-    """Write a plain Hugging Face folder: the encoder alone, without pooling and projections. Otherwise as above."""
+    """Write a plain Hugging Face folder: the encoder alone, without pooling and projections, which a static table cannot be.
+    Otherwise as above."""
+    if isinstance(tower.arch, Static):
+        raise ConfigError("a static table is no Hugging Face model; write it as a sentence-transformers folder")
     with _folder(Path(folder), replace) as root:
         _write_encoder(root, tower, params, write_tokenizer)
     return Path(folder)
+
+
+def _write_tower(
+    root: Path, tower: Tower, params: Mapping[str, Any], write_tokenizer: Callable[[Path], object]
+) -> list[tuple[str, str]]:
+    """Writes a whole model folder into an empty one; returns the kind and path of its modules."""
+    modules = [("StaticEmbedding", "")] if isinstance(tower.arch, Static) else [("Transformer", ""), ("Pooling", "1_Pooling")]
+    _write_encoder(root, tower, params, write_tokenizer)
+    if not isinstance(tower.arch, Static):
+        _write_pooling(root / "1_Pooling", tower)
+        _write_json(root / "sentence_bert_config.json", {"max_seq_length": tower.max_length, "do_lower_case": False})
+    for n, kernel_and_bias in enumerate(_dense_params(tower, params)):
+        path = f"{len(modules)}_Dense"
+        modules.append(("Dense", path))
+        _write_dense(root / path, tower, n, kernel_and_bias)
+    if tower.normalize:
+        path = f"{len(modules)}_Normalize"
+        modules.append(("Normalize", path))
+        (root / path).mkdir()
+    _write_modules(root, modules)
+    prompts = dict(tower.prompts or {})
+    if tower.default_prompt:  # of queries and documents too, which sentence-transformers asks for by their names alone
+        prompts = dict.fromkeys(ROLES, prompts[tower.default_prompt]) | prompts
+    _write_settings(root, prompts, tower.default_prompt, tower, VERSIONS)
+    return modules
+
+
+def _write_modules(root: Path, modules: list[tuple[str, str]]) -> None:
+    entries = [{"idx": n, "name": str(n), "path": path, "type": MODULE + kind} for n, (kind, path) in enumerate(modules)]
+    _write_json(root / "modules.json", entries)
+
+
+def _write_settings(
+    root: Path, prompts: Mapping[str, str], default: str | None, tower: Tower, versions: Mapping[str, str]
+) -> None:
+    settings = {
+        "__version__": versions,
+        "prompts": prompts,
+        "default_prompt_name": default,
+        "similarity_fn_name": tower.similarity or "cosine",
+    }
+    _write_json(root / "config_sentence_transformers.json", settings)
+
+
+def _shared_prompts(towers: Mapping[str, Tower]) -> dict[str, str]:
+    """The prompts of several towers as those of one model: each route's own under its name, which is what is asked for."""
+    shared: dict[str, str] = {}
+    for route, tower in towers.items():
+        for name, text in (tower.prompts or {}).items():
+            if name not in towers and shared.setdefault(name, text) != text:
+                raise ConfigError(f"prompt {name!r} differs between the towers, and a Router has one of a name: {text!r}")
+        chosen = tower.prompt_for(route)
+        shared[route] = (tower.prompts or {}).get(chosen, "") if chosen else ""
+    return shared
 
 
 @contextlib.contextmanager
@@ -112,7 +172,8 @@ def _write_encoder(root: Path, tower: Tower, params: Mapping[str, Any], write_to
     if tower.max_length > (most := family.longest(tower.arch)):
         raise ConfigError(f"max_length is {tower.max_length}, but the encoder has positions for {most} tokens")
     tensors = to_tensors(tower.arch, params["encoder"])
-    _write_json(root / "config.json", family.to_hf(tower.arch) | {"torch_dtype": "float32"})
+    if not isinstance(tower.arch, Static):
+        _write_json(root / "config.json", family.to_hf(tower.arch) | {"torch_dtype": "float32"})
     _write_tensors(root / "model.safetensors", tensors)
     write_tokenizer(root)
 

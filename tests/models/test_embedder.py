@@ -41,7 +41,7 @@ def run(column=COLUMN, embedder=EMBEDDER, params=PARAMS, **arguments):
 
 def test_shapes_and_paths():
     out = run()
-    assert (out.pooled.shape, out.tokens.shape, out.layers.shape) == ((8, 6), (8, 7, 16), (2, 8, 7, 16))
+    assert (out.pooled.shape, out.tokens.shape, out.layers.shape) == ((8, 6), (8, 7, 16), (3, 8, 7, 16))
     assert EMBEDDER.width == 6
     assert np.allclose(np.linalg.norm(out.pooled, axis=-1), 1)
     paths = {"/".join(k.key for k in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(PARAMS)}
@@ -85,7 +85,7 @@ def test_further_axes_are_rows_in_order():
     out = run(column, row=jnp.arange(4), key=KEY)
     flat = run(row=jnp.arange(8), key=KEY)
     np.testing.assert_allclose(out.pooled, flat.pooled.reshape(4, 2, 6), atol=1e-6)
-    np.testing.assert_allclose(out.layers, flat.layers.reshape(2, 4, 2, 7, 16), atol=1e-5)
+    np.testing.assert_allclose(out.layers, flat.layers.reshape(3, 4, 2, 7, 16), atol=1e-5)
     np.testing.assert_allclose(run(column, key=KEY).pooled, out.pooled, atol=1e-6)
 
 

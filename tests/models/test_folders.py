@@ -22,6 +22,7 @@ TOWER = Tower(
     include_prompt=False,
     dense=(Dense(6, True, "tanh"), Dense(4, False, "identity")),
     normalize=True,
+    similarity="cosine",
     max_length=16,
     prompts={"query": "find: ", "document": ""},
     default_prompt="query",
@@ -140,7 +141,7 @@ def test_plain_folder_has_the_plain_head(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     plain = Tower(
         arch=BERT, init=str(folder), tokenizer=str(folder), pooling="mean", include_prompt=True, dense=(), normalize=True,
-        max_length=20, prompts={}, default_prompt=None,
+        similarity="cosine", max_length=20, prompts={}, default_prompt=None,
     )  # fmt: skip
     assert read_tower(folder) == plain
     params = read_params(folder, plain)
@@ -223,7 +224,10 @@ def test_what_cannot_be_read_faithfully_is_refused(folder, file, values, told):
         ("sentence_transformers.sentence_transformer.modules.pooling.Poling", "did you mean 'Pooling'"),
         ("my_module.Pooling", "not one of sentence-transformers' own"),
         ("os.system", "not one of sentence-transformers' own"),
-        ("sentence_transformers.models.Normalize", "expected Transformer Pooling [Dense ...] [Normalize]"),
+        (
+            "sentence_transformers.models.Normalize",
+            "expected Transformer Pooling, or StaticEmbedding, then [Dense ...] [Normalize]",
+        ),
     ],
 )
 def test_unknown_modules_are_refused(folder, kind, told):
@@ -349,3 +353,22 @@ def test_resolve(tmp_path):
     ) as caught:
         resolve("someone/some-model")
     assert "\n" not in str(caught.value)
+
+
+def test_similarity_comes_back_and_others_are_refused(folder):
+    file = folder / "config_sentence_transformers.json"
+    change(file, similarity_fn_name="dot")
+    assert read_tower(folder).similarity == "dot"
+    for nothing in (None, ...):
+        change(file, similarity_fn_name=nothing)
+        assert read_tower(folder).similarity == "cosine"
+    change(file, similarity_fn_name="euclidean")
+    with pytest.raises(ConfigError, match="'euclidean' is not supported; expected one of cosine, dot"):
+        read_tower(folder)
+
+
+def test_queries_and_documents_are_told_of_the_default_prompt(tmp_path):
+    """sentence-transformers asks for theirs by their own names alone."""
+    tower = dataclasses.replace(TOWER, prompts={"plain": "text: "}, default_prompt="plain")
+    folder = write_sentence_transformers(tmp_path / "model", tower, PARAMS, write_tokenizer=write_tokenizer)
+    assert read_tower(folder).prompts == dict.fromkeys(("query", "document", "plain"), "text: ")

@@ -59,7 +59,7 @@ def test_every_layer_is_returned():
     outputs = [tower_of(SMALL, layers=how).apply({"params": params}, IDS, MASK, want_layers=True) for how in ("scan", "unroll")]
     close(*outputs)
     (last, each), _ = outputs
-    assert each.shape == (2, 4, 6, 16)
+    assert each.shape == (3, 4, 6, 16)  # the token embeddings first
     close(each[-1], last, 0)
     assert np.abs(each[0] - each[1]).max() > 0.01
 

@@ -2,13 +2,13 @@
 
 Each is a module with the same names: `Tower`, made as Tower(arch, compute=..., remat=..., layers=...); `names`, its table of
 names, and `sizes(arch)`, the axis letters it speaks of; `longest(arch)`, the most tokens a text may have; `from_hf(config)` and
-`to_hf(arch)`, config.json -> architecture and back.
+`to_hf(arch)`, config.json -> architecture and back, which a static table has not.
 """
 
 from types import ModuleType
 
-from embedjax.config.model import Architecture, Bert, DistilBert, ModernBert, Mpnet, Roberta
-from embedjax.models.families import bert, distilbert, modernbert, mpnet, roberta
+from embedjax.config.model import Architecture, Bert, DistilBert, ModernBert, Mpnet, Roberta, Static
+from embedjax.models.families import bert, distilbert, modernbert, mpnet, roberta, static
 
 FAMILIES: dict[str, ModuleType] = {
     "bert": bert,
@@ -25,6 +25,7 @@ _BY_ARCH: dict[type[Architecture], ModuleType] = {
     DistilBert: distilbert,
     Mpnet: mpnet,
     ModernBert: modernbert,
+    Static: static,
 }
 
 

@@ -33,25 +33,31 @@ class Tower(nn.Module):
         row_B: Int[Array, "B"] | None = None,
         key: UInt32[Array, ""] | None = None,
         want_layers: bool = False,
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "S B L D"] | None]:
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "S+1 B L D"] | None]:
         c, (B, L) = self.arch, ids_BL.shape
         if longest(c) < L:
             raise ConfigError(f"texts of {L} tokens do not fit the {longest(c)} positions of the tower; lower max_length")
         seed_BL = None if key is None else token_seeds(key, jnp.arange(B) if row_B is None else row_B, L)
-        embed = lambda rows, name: Embed(rows, c.width, c.init_std, name=name)
-        places = counted_positions(mask_BL, c.pad_id) if isinstance(c, Roberta) else jnp.arange(L)[None]
-        x_BLD = embed(c.vocab_size, "tokens")(ids_BL) + embed(c.positions, "positions")(places)
-        x_BLD = x_BLD + embed(c.token_types, "types")(jnp.zeros((1, 1), jnp.int32))
-        x_BLD = dropout(LayerNorm(c.norm_eps, name="norm")(x_BLD), c.dropout, seed_BL, 3)
         bias = padding_bias(mask_BL)
         return stack(
             self,
             PostNormBlock(Spec.of(c, compute=self.compute), parent=None),
-            x_BLD,
+            embedded(c, ids_BL, mask_BL, seed_BL),
             per_layer=jnp.arange(c.depth),
             view=lambda layer: View(bias, layer_seeds(seed_BL, layer)),
             want_layers=want_layers,
         )
+
+
+def embedded(
+    c: Bert | Roberta, ids_BL: Int[Array, "B L"], mask_BL: Bool[Array, "B L"], seed_BL: UInt32[Array, "B L"] | None
+) -> Float[Array, "B L D"]:
+    """What the first layer sees, with parameters of the module it is called in."""
+    embed = lambda rows, name: Embed(rows, c.width, c.init_std, name=name)
+    places = counted_positions(mask_BL, c.pad_id) if isinstance(c, Roberta) else jnp.arange(ids_BL.shape[1])[None]
+    x_BLD = embed(c.vocab_size, "tokens")(ids_BL) + embed(c.positions, "positions")(places)
+    x_BLD = x_BLD + embed(c.token_types, "types")(jnp.zeros((1, 1), jnp.int32))
+    return dropout(LayerNorm(c.norm_eps, name="norm")(x_BLD), c.dropout, seed_BL, 3)
 
 
 def longest(arch: Bert | Roberta) -> int:

@@ -35,7 +35,7 @@ class Tower(nn.Module):
         row_B: Int[Array, "B"] | None = None,
         key: UInt32[Array, ""] | None = None,
         want_layers: bool = False,
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "S B L D"] | None]:
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "S+1 B L D"] | None]:
         c, (B, L) = self.arch, ids_BL.shape
         if longest(c) < L:
             raise ConfigError(f"texts of {L} tokens do not fit the {longest(c)} positions of the tower; lower max_length")

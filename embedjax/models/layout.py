@@ -1,0 +1,126 @@
+"""Where the parts of a model folder are: modules.json, and router_config.json where queries and documents part ways.
+
+Knows names and places only; `folders.py` reads what lies there. Code of a folder is never run.
+"""
+
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from embedjax.config.errors import ConfigError, nearest
+from embedjax.config.model import ROLES
+from embedjax.models.jsonfile import get, read_json, read_list
+
+KINDS = ("Transformer", "Pooling", "Dense", "Normalize", "StaticEmbedding", "Router")
+CLASS = re.compile(r"sentence_transformers\.(?:models|base\.modules|sentence_transformer\.modules)(?:\.\w+)?\.(\w+)")
+ROUTER_CONFIG = "router_config.json"
+
+Modules = list[tuple[str, Path]]
+"""Kind and folder of each module of a chain."""
+
+
+class Layout(NamedTuple):
+    """Where the parts of one tower are."""
+
+    encoder: Path
+    """Folder of config.json, weights and tokenizer."""
+    pooling: Path | None
+    """Folder of the pooling's config; None for a plain folder and for a static table."""
+    dense: tuple[Path, ...] = ()
+    """Folders of the projections, in order."""
+    normalize: bool = True
+    """Whether vectors are scaled to length 1."""
+    static: bool = False
+    """Whether the encoder is a table of token vectors, without config.json."""
+    settings: Path | None = None
+    """Folder of what holds for the whole model, prompts and similarity; None for a plain folder."""
+
+
+def layout(folder: Path) -> Layout:
+    """The layout of a model folder, or of a Router's route, named as a folder in it: FOLDER/query."""
+    if folder.name in ROLES and (routed := _router(folder.parent)):
+        return _chain(routed[folder.name], folder.parent, folder.parent / ROUTER_CONFIG)
+    file = folder / "modules.json"
+    if not file.exists():
+        return Layout(folder, None)
+    if _router(folder):
+        raise ConfigError(f"{folder} has a tower of queries and one of documents; name one: {folder / 'query'}")
+    return _chain(_modules(folder, file), folder, file)
+
+
+def routes(folder: Path) -> dict[str, Path]:
+    """{"query": FOLDER/query, "document": FOLDER/document} for a Router and for a folder of two models; {} for one model."""
+    parts = {role: folder / role for role in ROLES}
+    here = any((folder / name).exists() for name in ("modules.json", "config.json"))
+    model = lambda part: any((part / name).exists() for name in ("modules.json", "config.json"))
+    return parts if _router(folder) or (not here and all(map(model, parts.values()))) else {}
+
+
+def is_route(folder: Path) -> bool:
+    """Whether a path names a route of a Router; there need not be a folder of its name."""
+    return folder.name in ROLES and _router(folder.parent) is not None
+
+
+def _router(folder: Path) -> dict[str, Modules] | None:
+    """The modules of each route of a Router, with those that follow it; None for other folders."""
+    file = folder / "modules.json"
+    modules = _modules(folder, file) if file.exists() else []
+    if not modules or modules[0][0] != "Router":
+        return None
+    place = modules[0][1]
+    file = place / ROUTER_CONFIG
+    config = read_json(file)
+    types, structure = (get(config, key, dict, {}, file=file) for key in ("types", "structure"))
+    if set(structure) != set(ROLES):
+        raise ConfigError(f"{file} has the routes {sorted(structure)}; expected {sorted(ROLES)}")
+    if get(config, "parameters", dict, {}, file=file).get("route_mappings"):
+        raise ConfigError(f"{file}: route_mappings are not supported; routes are chosen by their names")
+    chains: dict[str, Modules] = {}
+    for route, names in structure.items():
+        if not isinstance(names, list) or not all(name in types for name in names):
+            raise ConfigError(f"{file}: route {route!r} is {names!r}; expected names among {sorted(types)}")
+        parts = [{"type": types[name], "path": name} for name in names]
+        chains[route] = [(_kind(part, file), _inside(place, part, file)) for part in parts] + modules[1:]
+    return chains
+
+
+def _chain(modules: Modules, settings: Path, file: Path) -> Layout:
+    order = " ".join(kind for kind, _ in modules)
+    if not re.fullmatch(r"(Transformer Pooling|StaticEmbedding)( Dense)*( Normalize)?", order):
+        raise ConfigError(
+            f"{file} lists the modules {order or 'none'}; expected Transformer Pooling, or StaticEmbedding, then [Dense ...] "
+            "[Normalize]"
+        )
+    places = dict(modules)  # of several projections the last, which is not asked for here
+    return Layout(
+        encoder=modules[0][1],
+        pooling=places.get("Pooling"),
+        dense=tuple(path for kind, path in modules if kind == "Dense"),
+        normalize="Normalize" in places,
+        static=modules[0][0] == "StaticEmbedding",
+        settings=settings,
+    )
+
+
+def _modules(folder: Path, file: Path) -> Modules:
+    return [(_kind(module, file), _inside(folder, module, file)) for module in read_list(file)]
+
+
+def _kind(module: dict[str, Any], file: Path) -> str:
+    name = get(module, "type", str, "", file=file)
+    match = CLASS.fullmatch(name)
+    if not match:
+        raise ConfigError(f"{file}: module {name!r} is not one of sentence-transformers' own; code of a folder is never run")
+    if match[1] not in KINDS:
+        raise ConfigError(f"{file}: module {name!r} is not supported; {nearest(match[1], KINDS)}")
+    return match[1]
+
+
+def _inside(folder: Path, module: dict[str, Any], file: Path) -> Path:
+    """The folder of a module. It must lie inside the model's folder, links followed."""
+    text = get(module, "path", str, "", file=file)
+    path = PurePosixPath(text)
+    inside = not path.is_absolute() and ".." not in path.parts and "\\" not in text and "\0" not in text
+    if not inside or not (folder / path).resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"{file}: module path {text!r} leaves the folder")
+    return folder / path
