@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +118,15 @@ class Checkpoints:
         leaves = [read[path] for path in flat]
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves), record
 
-    def params_only(self, step: int | None = None) -> tuple[dict, int]:
+    def params_only(self, step: int | None = None, parts: Sequence[str] = ("params",)) -> tuple[dict, int]:
         """The parameters as nested dicts of numpy arrays, and their step: that asked for, else the best whole one, else the
-        newest. Raises as `restore` does."""
+        newest. They are the first of `parts` that the save holds. Raises as `restore` does."""
         step = self._verified(step, lambda: self.latest() if (best := self.best()) is None else best)
         arrays = self.record(step).arrays
-        wanted = {path: _abstract(described) for path, described in arrays.items() if path.startswith("params/")}
-        return traverse_util.unflatten_dict(self._read(step, wanted), sep="/")["params"], step
+        part = next(part for part in parts if any(path.startswith(f"{part}/") for path in arrays))
+        wanted = {path: _abstract(described) for path, described in arrays.items() if path.startswith(f"{part}/")}
+        read = {path.removeprefix(f"{part}/"): array for path, array in self._read(step, wanted).items()}
+        return traverse_util.unflatten_dict(read, sep="/"), step
 
     def steps(self) -> list[int]:
         """The steps that are saved: every manifest is there. What they say is verified when a save is read."""

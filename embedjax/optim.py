@@ -3,21 +3,25 @@
 Knows parameters by their paths alone: arrays and abstract shapes do equally well. Skipping updates is the step's business.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
-from embedjax.config import Group, Optim
+from embedjax.config import Group, Model, Optim, Set
 from embedjax.config.errors import ConfigError
+from embedjax.models.lora import chosen
 from embedjax.sharding import path_of
 
 # Whether a parameter decays; every path matches exactly one rule. As Hugging Face's trainer, which decays all but norms and
 # whatever is called a bias, MPNet's table of relative positions included. Rank cannot tell: layers are stacked on axis 0.
 DECAY: tuple[tuple[str, bool], ...] = (
     (r"/kernel$", True),
+    (r"^towers/[^/]+/lora/.*/[ab]$", True),
     (r"(?<!relative)/embedding$", True),
     (r"relative/embedding$", False),
     (r"norm[^/]*/scale$", False),
@@ -25,20 +29,29 @@ DECAY: tuple[tuple[str, bool], ...] = (
     (r"/bias$", False),
 )
 
+# Tables and their norm, whose outputs the first layer reads. MPNet's table of relative positions is read by all layers.
+UNDER_LAYERS = r"^towers/([^/]+)/encoder/(?:tokens|positions|types|norm)/"
 
-def make(optim: Optim, steps: int, params: Mapping) -> tuple[optax.GradientTransformation, optax.Schedule]:
+
+def make(
+    optim: Optim, steps: int, params: Mapping, still: Mapping[str, int] | None = None
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW (Loshchilov & Hutter 2019) for the trained parameters, and its learning rate by applied updates.
 
-    A group's multiplier scales the decay with the rate. Raises ConfigError for a group that matches nothing.
+    The multipliers of groups and layers scale the decay with the rate. `still` says of towers how many first layers get no
+    update; their gradient is 0 already. Raises ConfigError for a group that matches nothing.
     """
     rate = schedule(optim, steps)
     parts = [("clip", optax.clip_by_global_norm(optim.clip_norm))] if optim.clip_norm else []
     parts.append(("adam", optax.scale_by_adam(optim.b1, optim.b2, optim.eps)))
     if optim.weight_decay:
         parts.append(("decay", optax.add_decayed_weights(optim.weight_decay, mask=decays(params))))
-    if optim.groups:
-        factors = multipliers(params, optim.groups)
-        parts.append(("groups", optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))))
+    for name, factors in (
+        ("groups", multipliers(params, optim.groups) if optim.groups else None),
+        ("layers", layers(params, optim.layer_decay, still or {}) if still or optim.layer_decay < 1 else None),
+    ):
+        if factors is not None:
+            parts.append((name, optax.stateless(functools.partial(_scaled, factors))))
     parts.append(("rate", optax.scale_by_learning_rate(rate)))
     return optax.named_chain(*parts), rate
 
@@ -87,6 +100,53 @@ def multipliers(params: Mapping, groups: Sequence[Group]) -> Any:
         return next((g.multiplier for g, pattern in zip(groups, patterns, strict=True) if pattern.search(path)), 1.0)
 
     return jax.tree_util.tree_map_with_path(factor, params)
+
+
+def layers(params: Mapping, decay: float, still: Mapping[str, int]) -> Any:
+    """The same tree with the factor of each layer of a tower of S, float32 [S 1 ...] where layers are stacked, else a number.
+
+    Layer i, counted from 0, gets decay^(S - i), the tables and the norm under the layers decay^(S + 1), all else 1 (Howard &
+    Ruder 2018, section 3.2, in the form of BEiT); the first `still[tower]` layers 0.
+    """
+    leaves = [(path_of(key), x) for key, x in jax.tree_util.tree_leaves_with_path(params)]
+    depths = {tower: x.shape[0] for path, x in leaves if (tower := _tower_of_layers(path))}
+
+    def factor(key: tuple, x: Any) -> Any:
+        path = path_of(key)
+        if tower := _tower_of_layers(path):
+            layer = np.arange(x.shape[0])
+            by_layer = np.where(layer < still.get(tower, 0), 0, decay ** (x.shape[0] - layer))
+            return by_layer.astype(np.float32).reshape(-1, *(1,) * (len(x.shape) - 1))
+        under = re.match(UNDER_LAYERS, path)
+        return decay ** (depths[under[1]] + 1) if under and under[1] in depths else 1.0
+
+    return jax.tree_util.tree_map_with_path(factor, params)
+
+
+def _tower_of_layers(path: str) -> str | None:
+    found = re.match(r"towers/([^/]+)/(?:encoder|lora/[^/]+)/blocks/", path)
+    return found[1] if found else None
+
+
+def _scaled(factors: Any, updates: Any, params: Any) -> Any:
+    return jax.tree.map(lambda u, f: u * f, updates, factors)
+
+
+def constant(model: Model, sets: Sequence[Set]) -> tuple[str, ...]:
+    """Regular expressions of what is not trained because of how the towers are made: encoders with adapters, adapters that no
+    set trains, tables under layers that are frozen. Raises ConfigError when more layers are to be frozen than there are."""
+    found = []
+    for name, tower in model.towers.items():
+        if tower.freeze_layers > (depth := getattr(tower.arch, "depth", 0)):
+            raise ConfigError(f"tower {name!r}: freeze_layers is {tower.freeze_layers}; it has {depth} layers")
+        start = f"^towers/{re.escape(name)}"
+        if tower.lora:
+            trained = {chosen(tower.lora, task.adapter) for task in sets}
+            found.append(f"{start}/encoder/")
+            found += [f"{start}/lora/{re.escape(adapter)}/" for adapter in tower.lora if adapter not in trained]
+        elif tower.freeze_layers:
+            found.append(UNDER_LAYERS.replace("[^/]+", re.escape(name)))
+    return tuple(found)
 
 
 def partition(params: Mapping, freeze: Sequence[str]) -> tuple[dict, dict]:

@@ -27,6 +27,13 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"blocks/.*(out|down)/kernel$", P(None, "tensor", "fsdp")),
     (r"blocks/.*(query|key|value|up)/bias$", P(None, "tensor")),
     (r"dense/\d+/kernel$", P("fsdp", None)),
+    # A pair of low rank lies as its product does: no pair is moved to make it.
+    (r"/lora/.*(query|key|value|up)/kernel/a$", P(None, "fsdp")),
+    (r"/lora/.*(query|key|value|up)/kernel/b$", P(None, None, "tensor")),
+    (r"/lora/.*(out|down)/kernel/a$", P(None, "tensor")),
+    (r"/lora/.*(out|down)/kernel/b$", P(None, None, "fsdp")),
+    (r"loss/[^/]+/transform/kernel$", P("fsdp", None)),
+    (r"loss/[^/]+/kernel$", P()),
     (r"/bias$|norm/scale$", P()),
     (r"loss/(scale|bias)$", P()),
 )

@@ -18,7 +18,8 @@ Gradient = Callable[..., tuple[tuple[jax.Array, dict], Any]]
 class TrainState(NamedTuple):
     """What a checkpoint holds. `step` counts batches, skipped ones included; the schedule counts applied updates.
 
-    `extra`: `skipped`, steps whose loss or gradient was not finite, and `in_a_row`, how many of them were the latest.
+    `extra`: `skipped`, steps whose loss or gradient was not finite, and `in_a_row`, how many of them were the latest; `ema`,
+    where one is kept, the moving average of `params`.
     """
 
     step: jax.Array
@@ -27,9 +28,16 @@ class TrainState(NamedTuple):
     extra: dict
 
 
-def init_state(params: dict, tx: optax.GradientTransformation) -> TrainState:
+def init_state(params: dict, tx: optax.GradientTransformation, ema: float = 0.0) -> TrainState:
     zero = lambda: jnp.zeros((), jnp.int32)
-    return TrainState(zero(), params, tx.init(params), {"skipped": zero(), "in_a_row": zero()})
+    # Copies: a step donates the state, and no array can be given away twice.
+    average = {"ema": jax.tree.map(jnp.copy, params)} if ema else {}
+    return TrainState(zero(), params, tx.init(params), {"skipped": zero(), "in_a_row": zero(), **average})
+
+
+def weights(state: TrainState) -> dict:
+    """What is evaluated, exported and loaded: the average of the parameters where one is kept, else the parameters."""
+    return state.extra.get("ema", state.params)
 
 
 def plain(objective: Objective) -> Gradient:
@@ -38,7 +46,7 @@ def plain(objective: Objective) -> Gradient:
     def gradient(params, constants, columns, key):
         def value(params):
             outputs = _spread(objective.encode)(params, constants, columns, key)
-            return objective.loss(params, outputs, objective.targets(constants, columns))
+            return objective.loss(params, outputs, objective.targets(constants, columns), key)
 
         return jax.value_and_grad(value, has_aux=True)(params)
 
@@ -63,17 +71,24 @@ def _spread(encode: Callable) -> Callable:
 
 def accumulated(objective: Objective, parts: int) -> Gradient:
     """The mean over `parts` of the batch of each part's loss and gradient: a batch `parts` times smaller as far as in-batch
-    negatives go, in the memory of one part. It equals `plain` only for losses that are a mean over rows."""
+    negatives go, in the memory of one part. It equals `plain` only for losses that are a mean over rows; or over what a row has
+    several of, such as tokens, if the metric `weight` is how many a part has."""
     of_part = plain(objective)
+
+    def weighed(params, constants, part, key):
+        (value, metrics), grads = of_part(params, constants, part, key)
+        weight = metrics.get("weight", jnp.ones_like(value))
+        return weight, jax.tree.map(lambda x: weight * x, ((value, metrics), grads))
 
     def gradient(params, constants, columns, key):
         def add(total, part):
-            return jax.tree.map(jnp.add, total, of_part(params, constants, part, key)), None
+            return jax.tree.map(jnp.add, total, weighed(params, constants, part, key)), None
 
         pieces = split(columns, parts)
-        shapes = jax.eval_shape(of_part, params, constants, jax.tree.map(lambda x: x[0], pieces), key)
-        total, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), pieces)
-        return jax.tree.map(lambda x: x / parts, total)
+        shapes = jax.eval_shape(weighed, params, constants, jax.tree.map(lambda x: x[0], pieces), key)
+        (weight, total), _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), pieces)
+        (value, metrics), grads = jax.tree.map(lambda x: jnp.where(weight > 0, x / weight, x), total)
+        return (value, metrics | ({"weight": weight} if "weight" in metrics else {})), grads
 
     return gradient
 
@@ -90,7 +105,8 @@ def cached(objective: Objective, chunks: int, mesh: Mesh) -> Gradient:
         # By rows, as the batch is: left to itself XLA splits small embeddings over the width and moves them for the loss.
         by_rows = lambda tree: jax.lax.with_sharding_constraint(tree, sharding.rows(mesh))
         outputs, targets = by_rows(join(jax.lax.map(look, split(columns, chunks))))
-        found, (of_loss, cotangents) = jax.value_and_grad(objective.loss, (0, 1), has_aux=True)(params, outputs, targets)
+        pulled = jax.value_and_grad(objective.loss, (0, 1), has_aux=True)
+        found, (of_loss, cotangents) = pulled(params, outputs, targets, key)
         of_towers = _replayed(objective, chunks, mesh)(params, constants, columns, key, cotangents)
         return found, jax.tree.map(jnp.add, of_loss, of_towers)
 
@@ -134,11 +150,12 @@ def join(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-def make(gradient: Gradient, tx: optax.GradientTransformation, schedule: Callable, seed: int) -> Callable:
+def make(gradient: Gradient, tx: optax.GradientTransformation, schedule: Callable, seed: int, ema: float = 0.0) -> Callable:
     """`step(state, constants, columns) -> (state, metrics)`, not yet jitted.
 
     An update whose loss or gradient norm is not finite is skipped, on all devices alike: parameters and optimiser state stay
-    as they were. Dropout is keyed by (seed, step) alone, so nothing random is stored.
+    as they were. Dropout is keyed by (seed, step) alone, so nothing random is stored. With `ema` each applied update moves the
+    average, which began as the first parameters (so it needs no correction), by 1 - ema of the way to the new ones.
     """
 
     def step(state: TrainState, constants: dict, columns: dict) -> tuple[TrainState, dict]:
@@ -151,9 +168,13 @@ def make(gradient: Gradient, tx: optax.GradientTransformation, schedule: Callabl
         keep = lambda new, old: jnp.where(finite, new, old)
         params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
         skipped = (~finite).astype(jnp.int32)
-        extra = {"skipped": state.extra["skipped"] + skipped, "in_a_row": (state.extra["in_a_row"] + 1) * skipped}
+        counts = {"skipped": state.extra["skipped"] + skipped, "in_a_row": (state.extra["in_a_row"] + 1) * skipped}
         rate = schedule(state.step - state.extra["skipped"])
-        metrics = {**metrics, "loss": loss, "grad_norm": norm, "learning_rate": rate, **extra}
+        metrics = {**metrics, "loss": loss, "grad_norm": norm, "learning_rate": rate, **counts}
+        # In this form a parameter that never changes is its own average, to the bit.
+        toward = lambda mean, new: mean + (1 - ema) * (new - mean)
+        average = {"ema": jax.tree.map(lambda a, p: keep(toward(a, p), a), state.extra["ema"], params)} if ema else {}
+        extra = counts | average
         return TrainState(state.step + 1, params, opt_state, extra), metrics
 
     return step

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from embedjax import optim
-from embedjax.config import Group, Optim
+from embedjax.config import Bert, Group, Lora, Model, Optim, Set, Tower
 from embedjax.config.errors import ConfigError
 from embedjax.objective import combine
 from embedjax.sharding import path_of
@@ -18,7 +18,8 @@ def make_params():
     leaf = lambda: jnp.asarray(draw.normal(size=(2, 3)), jnp.float32)  # one shape, so that few operations are compiled
     attn = {"query": {"kernel": leaf(), "bias": leaf()}, "norm": {"scale": leaf()}}
     tables = {"tokens": {"embedding": leaf()}, "relative": {"embedding": leaf()}}
-    text = {"encoder": {"blocks": {"attn": attn}, **tables}, "dense": {"0": {"kernel": leaf()}}}
+    adapter = {"blocks": {"attn": {"query": {"kernel": {"a": leaf(), "b": leaf()}}}}}
+    text = {"encoder": {"blocks": {"attn": attn}, **tables}, "dense": {"0": {"kernel": leaf()}}, "lora": {"sts": adapter}}
     query = {"encoder": {"tokens": {"embedding": leaf()}, "final_norm": {"scale": leaf()}}, "dense": {}}
     return {"towers": {"text": text, "query": query}, "loss": {"scale": leaf()}}
 
@@ -61,7 +62,7 @@ def test_update_is_adamw_by_hand():
     params, config = make_params(), Optim(learning_rate=0.1, schedule="constant", warmup=0, weight_decay=0.5, clip_norm=0)
     grads = jax.tree.map(lambda x: x * 0.3 + 0.01, params)
     updates, _ = first_update(config, 10, params, grads)
-    decaying = {"kernel", "embedding"}
+    decaying = {"kernel", "embedding", "a", "b"}
     for path, got in flat(updates).items():
         g, p = np.asarray(flat(grads)[path]), np.asarray(flat(params)[path])
         decay = 0.5 * p if path.split("/")[-1] in decaying and "relative" not in path else 0
@@ -70,7 +71,7 @@ def test_update_is_adamw_by_hand():
 
 def test_decay_never_touches_norms_biases_or_the_scale():
     decayed = {path for path, value in flat(optim.decays(make_params())).items() if value}
-    assert decayed and all(path.endswith(("/kernel", "tokens/embedding")) for path in decayed)
+    assert decayed and all(path.endswith(("/kernel", "/a", "/b", "tokens/embedding")) for path in decayed)
     params = make_params()
     shrunk, _ = first_update(Optim(warmup=0, clip_norm=0), 2, params, jax.tree.map(jnp.zeros_like, params))
     assert {path for path, value in flat(shrunk).items() if np.any(value)} == decayed
@@ -102,6 +103,42 @@ def test_the_first_matching_group_scales_rate_and_decay():
         by = {"towers/text/encoder/tokens": 0, "towers/text": 0.1, "towers/query/encoder/tokens": 7.0}
         factor = next((f for start, f in by.items() if path.startswith(start)), 1.0)
         np.testing.assert_allclose(got, factor * flat(plain)[path], rtol=1e-6, err_msg=path)
+
+
+def test_rates_fall_from_layer_to_layer_and_stop_at_what_is_held_still():
+    """Two layers: the upper learns at the decay's power 1, the lower at 2 (or not at all), the tables at 3, the rest at 1."""
+    params, grads = make_params(), jax.tree.map(jnp.ones_like, make_params())
+    groups = (Group("attn/norm", 10.0),)
+    plain, _ = first_update(Optim(warmup=0, groups=groups), 2, params, grads)
+    for still, lowest in ((None, 0.25), ({"text": 1}, 0.0)):
+        tx, _ = optim.make(Optim(warmup=0, layer_decay=0.5, groups=groups), 2, params, still)
+        for path, got in flat(tx.update(grads, tx.init(params), params)[0]).items():
+            blocks = path.startswith("towers/text") and "/blocks/" in path
+            table = path == "towers/text/encoder/tokens/embedding"  # of a tower without layers, and what all read: as ever
+            factor = np.array([[lowest], [0.5]]) if blocks else 0.125 if table else 1.0
+            np.testing.assert_allclose(got, factor * np.asarray(flat(plain)[path]), rtol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("tower", "sets", "held", "free"),
+    [
+        ({"freeze_layers": 1}, ("",), "text/encoder/tokens/", "text/encoder/(blocks|relative)|query|dense|loss"),
+        ({"lora": {"sts": Lora()}}, ("",), "text/encoder/", "text/(lora|dense)|query|loss"),
+        ({"lora": {"sts": Lora(), "x": Lora()}}, ("x", "x"), "text/(encoder|lora/sts)/", "text/dense|query|loss"),
+        ({"lora": {"sts": Lora(), "x": Lora()}}, ("x", "sts"), "text/encoder/", "text/(lora|dense)|query|loss"),
+    ],
+)
+def test_towers_say_what_is_constant(tower, sets, held, free):
+    model = Model({"text": Tower(arch=Bert(depth=2), **tower), "query": Tower(arch=Bert())})
+    found = optim.constant(model, [Set(adapter=name, name=f"set {i}") for i, name in enumerate(sets)])
+    trained, frozen = optim.partition(make_params(), tuple(rule for rule in found if "/x/" not in rule))
+    assert all(optim.re.search(f"towers/({held})", path) for path in flat(frozen)) and flat(frozen)
+    assert all(optim.re.search(free, path) for path in flat(trained))
+
+
+def test_more_layers_than_there_are_cannot_be_frozen():
+    with pytest.raises(ConfigError, match="tower 'text': freeze_layers is 3; it has 2 layers"):
+        optim.constant(Model({"text": Tower(arch=Bert(depth=2), freeze_layers=3)}), (Set(),))
 
 
 def test_state_holds_two_moments_and_counts_only():

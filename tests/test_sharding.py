@@ -1,5 +1,6 @@
 """The mesh, the path table, and that placing splits what it says it splits."""
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from embedjax import config, sharding
+from embedjax import config, objective, sharding
 from embedjax.config.errors import ConfigError
+from embedjax.models import lora
 from embedjax.models.embedder import Embedder
 
 PRESETS = [
@@ -23,10 +25,16 @@ PRESETS = [
 
 def params(arch):
     embedder = Embedder(arch, dense=(config.Dense(8),))
-    return {
-        "towers": {"text": jax.eval_shape(embedder.init, jax.random.key(0))},
-        "loss": {"scale": jax.ShapeDtypeStruct((), "f4")},
-    }
+    tower = jax.eval_shape(embedder.init, jax.random.key(0))
+    adapters = {"wide": config.Lora(2, paths="blocks/")}
+    tower["lora"] = jax.eval_shape(lambda key: lora.init(adapters, tower["encoder"], key), jax.random.key(0))
+    model, losses = config.Model({"text": config.Tower(arch=arch)}), {"scale": jax.ShapeDtypeStruct((), "f4")}
+    trained = [config.MaskedLanguage(), config.Classify(classes=3)]
+    for loss in trained + [config.DenoisingAutoEncoder()] * isinstance(arch, config.Bert):
+        task = config.Set(columns={"anchor": "text"}, loss=loss, name=type(loss).__name__)
+        make = functools.partial(objective.loss_params, task, model, {"text": embedder})
+        losses |= jax.eval_shape(make, jax.random.key(0))
+    return {"towers": {"text": tower}, "loss": losses}
 
 
 def paths(tree):
@@ -57,13 +65,16 @@ def test_an_unknown_parameter_is_refused():
 def test_large_matrices_are_split_over_fsdp(arch):
     mesh = sharding.make_mesh(config.Mesh(data=4, fsdp=2))
     for path, found in paths_and_specs(arch, mesh):
-        if path.endswith(("kernel", "tokens/embedding")):
+        if path.endswith(("kernel", "tokens/embedding")) and path != "loss/Classify/kernel":  # a number a class: small
             assert "fsdp" in jax.tree.leaves(tuple(found)), path
     whole = sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
     for path, place in paths_and_specs(arch, whole):
-        if path.endswith("kernel") and "blocks" in path:
+        if "blocks" in path and "kernel" in path:
             columns = re.search("query|key|value|up", path)
-            assert place == (P(None, "fsdp", "tensor") if columns else P(None, "tensor", "fsdp")), path
+            wanted = ("fsdp", "tensor") if columns else ("tensor", "fsdp")
+            # A pair lies as its product, so that A B needs nothing moved.
+            parts = {"a": P(None, wanted[0]), "b": P(None, None, wanted[1])}
+            assert place == parts.get(path[-1], P(None, *wanted)), path
 
 
 def test_an_axis_that_does_not_divide_is_left_whole():
