@@ -4,9 +4,10 @@ import dataclasses
 import math
 from typing import Literal
 
-from embedjax.config.data import Data, File, Source
+from embedjax.config.data import Data
 from embedjax.config.errors import ConfigError
 from embedjax.config.model import Model
+from embedjax.config.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,12 @@ class Optim:
     """Other rates by path; the first match wins."""
     freeze: tuple[str, ...] = ()
     """Regular expressions of parameter paths that are not trained: no gradient, no optimiser state."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate from one layer to the next below: a tower's top layer learns at the rate times this, its
+    lowest at the power `depth` of it, the tables under that at `depth` + 1; heads learn at the full rate."""
+    ema: float = 0.0
+    """Keep a moving average of the parameters with this decay, such as 0.999, and evaluate, export and load that; 0 for none.
+    It begins as the first parameters, so it is not corrected for its start."""
     accumulate: int = 1
     """Parts the batch is split into, one gradient each, averaged. In-batch negatives then come from a part only."""
     cached: int = 1
@@ -61,7 +68,9 @@ class Optim:
         for name in ("learning_rate", "warmup", "weight_decay", "clip_norm", "eps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"optim.{name} is {getattr(self, name)}; it must be at least 0 and finite")
-        for name in ("b1", "b2"):
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"optim.layer_decay is {self.layer_decay}; it must be in (0, 1]")
+        for name in ("b1", "b2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name} is {getattr(self, name)}; it must be in [0, 1)")
 
@@ -81,56 +90,6 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sts:
-    """Semantic textual similarity: Spearman and Pearson correlation of cosine and human score."""
-
-    source: Source = dataclasses.field(default_factory=File)
-    """Where the scored pairs come from."""
-    columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"a": "sentence1", "b": "sentence2", "score": "score"})
-    """The source's columns for a, b and score."""
-    name: str = "sts"
-    """Name in the metrics."""
-    limit: int = 0
-    """At most so many rows; 0 for all."""
-
-    def __post_init__(self):
-        _check_limit(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class Retrieval:
-    """Retrieval of each query's own document among all documents of the source, or of a corpus with judgements."""
-
-    source: Source = dataclasses.field(default_factory=File)
-    """Query-document pairs; or, with `corpus`, the judgements."""
-    columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"query": "anchor", "document": "positive"})
-    """The source's columns for query and document; with `corpus`: query_id, document_id and relevance."""
-    queries: File | None = None
-    """Queries, with columns id and text (names in `query_columns`)."""
-    corpus: File | None = None
-    """Documents, with columns id and text (names in `corpus_columns`)."""
-    query_columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"id": "_id", "text": "text"})
-    """Columns of `queries`."""
-    corpus_columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"id": "_id", "title": "title", "text": "text"})
-    """Columns of `corpus`; the title, if named, is put before the text."""
-    name: str = "retrieval"
-    """Name in the metrics."""
-    limit: int = 0
-    """At most so many pairs; 0 for all."""
-
-    def __post_init__(self):
-        _check_limit(self)
-
-
-Task = Sts | Retrieval
-
-
-def _check_limit(task: Task) -> None:
-    if task.limit < 0:
-        raise ConfigError(f"the limit of task {task.name!r} is {task.limit}; it must be at least 0")
-
-
-@dataclasses.dataclass(frozen=True)
 class Evaluate:
     """When and on what the model is evaluated during training."""
 
@@ -146,8 +105,9 @@ class Evaluate:
     def __post_init__(self):
         if self.every < 0:
             raise ConfigError(f"evaluate.every is {self.every}; it must be at least 0")
-        if self.best and self.best.split("/")[0] not in [task.name for task in self.tasks]:
-            raise ConfigError(f"evaluate.best is {self.best!r}; no task has that name: {[task.name for task in self.tasks]}")
+        labels = [label for task in self.tasks for label in task.labels]
+        if self.best and self.best.split("/")[0] not in labels:
+            raise ConfigError(f"evaluate.best is {self.best!r}; no task has that name: {labels}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +116,8 @@ class Export:
 
     format: Literal["sentence-transformers", "hf", "none"] = "sentence-transformers"
     """Folder format; none writes nothing."""
+    adapter: str = ""
+    """Name of the adapter that is merged into the kernels, where a tower has several."""
 
 
 @dataclasses.dataclass(frozen=True)

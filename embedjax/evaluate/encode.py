@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding
 from jaxtyping import Float, Int
 
 from embedjax import config, sharding
-from embedjax.config.errors import ConfigError, NonFiniteError
-from embedjax.load import Model
+from embedjax.config.errors import ConfigError, NonFiniteError, nearest
+from embedjax.load import Model, plain_params
 from embedjax.models.embedder import Embedder
 
 Columns = dict[str, np.ndarray]
@@ -39,20 +39,22 @@ def encode(
     *,
     column: str = "text",
     prompt: str | None = None,
+    task: str | None = None,
     mesh: DeviceMesh | None = None,
     tokens_per_batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Float[np.ndarray, "N E"]:
     """One vector a text, in the texts' order, float32.
 
-    `column` says which tower encodes them where a model has several ("anchor", "positive"), `prompt` names one of the
-    model's prompts, `tokens_per_batch` is meant for each device, `progress(done, total)` is called as rows arrive.
-    Without a mesh the rows follow the parameters: over the mesh they are on, else on one device.
-    Raises ConfigError for an unknown column or prompt, NonFiniteError for a vector that is not finite.
+    `column` is "query" or "document" for the two sides of a search, each with its tower and its prompt where the model has
+    such, or a training column such as "anchor" for its tower alone. `prompt` names another of the tower's prompts, `task` a
+    prompt, an adapter or both of a name. `tokens_per_batch` is meant for each device, `progress(done, total)` is called as
+    rows arrive. Without a mesh the rows follow the parameters: over the mesh they are on, else on one device.
+    Raises ConfigError for an unknown column, prompt or task, NonFiniteError for a vector that is not finite.
     """
     if isinstance(texts, str):
         raise ConfigError("encode takes a list of texts, not one string; write [text]")
-    encoder = Encoder(model, column=column, prompt=prompt, mesh=mesh, tokens_per_batch=tokens_per_batch)
+    encoder = Encoder(model, column=column, prompt=prompt, task=task, mesh=mesh, tokens_per_batch=tokens_per_batch)
     starts = range(0, len(texts), encoder.block)
     blocks = (encoder.tokenize(texts[start : start + encoder.block]) for start in starts)
     out = np.empty((len(texts), encoder.width), np.float32)
@@ -71,11 +73,13 @@ class Encoder:
         *,
         column: str = "text",
         prompt: str | None = None,
+        task: str | None = None,
         mesh: DeviceMesh | None = None,
         tokens_per_batch: int | None = None,
     ):
         tower = model.config.tower_of(column)
-        params = model.params["towers"][tower]
+        prompt, adapter = _asked(model.config.towers[tower], column, prompt, task)
+        params = plain_params(model, tower, adapter)
         self.texts, self.prompt, self.mesh = model.texts[tower], prompt, mesh or mesh_of(params)
         assert self.texts.pad_side == "right", "batches are cut from the left end of a block"
         self.params = jax.tree.map(lambda leaf: _on(self.mesh, leaf), params)
@@ -130,6 +134,18 @@ class Encoder:
         return {name: jax.make_array_from_callback(x.shape, rows, lambda at, x=x: x[at]) for name, x in columns.items()}
 
 
+def _asked(tower: config.Tower, column: str, prompt: str | None, task: str | None) -> tuple[str | None, str]:
+    """The names of the prompt (None for the default) and of the adapter (empty for the default) that are asked for."""
+    prompts = tower.prompts or {}
+    if prompt is None and column in config.ROLES:
+        prompt = tower.prompt_for(column)
+    if task is None:
+        return prompt, ""
+    if task not in prompts and task not in tower.lora:
+        raise ConfigError(f"there is no prompt and no adapter {task!r}; {nearest(task, [*prompts, *tower.lora])}")
+    return task if task in prompts else prompt, task if task in tower.lora else ""
+
+
 def plan(
     lengths: Int[np.ndarray, " N"], longest: int, tokens: int, devices: int
 ) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
@@ -180,6 +196,7 @@ def fingerprint(model: Model, column: str = "text") -> str:
     tower = model.config.tower_of(column)
     texts, embedder = model.texts[tower], model.embedders[tower]
     said = (embedder, texts.max_length, sorted(texts.prompts.items()), texts.default_prompt, texts.include_prompt)
+    said += tuple(sorted(model.config.towers[tower].lora.items()))
     digest = hashlib.sha256(repr(said).encode())
     digest.update(texts.tokenizer.to_str().encode())
     leaves = jax.tree_util.tree_leaves_with_path(model.params["towers"][tower])

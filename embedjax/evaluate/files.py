@@ -26,8 +26,8 @@ def encode_file(
     output: str | Path,
     *,
     column: str | None = None,
-    as_column: str = "text",
-    prompt: str | None = None,
+    as_column: str | None = None,
+    task: str | None = None,
     mesh: DeviceMesh | None = None,
     tokens_per_batch: int | None = None,
     block: int | None = None,
@@ -35,10 +35,12 @@ def encode_file(
 ) -> int:
     """Writes one vector a row of `input` to `output`: .npy `[N E]` float32, or .parquet with the texts and `embedding`.
 
-    `column` is the input's column of texts, `as_column` the model's ("anchor" or "positive" where towers differ). Finished
-    blocks of rows wait in OUTPUT.partial, described by OUTPUT.partial.json: the same call after a kill or an error goes on
-    from there. Returns the number of rows. Raises DataError for the first row that is no text (finished blocks stay),
-    StorageError for a file that cannot be written, ConfigError for wrong arguments or the partial output of another call.
+    `column` is the input's column of texts, `as_column` what they are to the model, as `encode` has it: by default
+    "text", or of two towers "query" for a column called so or "anchor", else "document". `task` names a prompt, an adapter or
+    both. Finished blocks of rows wait in OUTPUT.partial, described by OUTPUT.partial.json: the same call after a kill or an
+    error goes on from there. Returns the number of rows. Raises DataError for the first row that is no text (finished blocks
+    stay), StorageError for a file that cannot be written, ConfigError for wrong arguments or the partial output of another
+    call.
     """
     output = Path(output)
     if output.suffix not in FINISH:
@@ -47,11 +49,12 @@ def encode_file(
         raise ConfigError(f"encoding to a file runs in one process; {jax.process_count()} are running")
     source = open_source(File(path=str(input)))
     column = text_column(source, column)
-    encoder = Encoder(model, column=as_column, prompt=prompt, mesh=mesh, tokens_per_batch=tokens_per_batch)
+    as_column = as_column or _kind(model, column)
+    encoder = Encoder(model, column=as_column, task=task, mesh=mesh, tokens_per_batch=tokens_per_batch)
     # A block is lost with a kill, so it is small where encoding is slow.
     block = block or min(encoder.block, 2 * encoder.tokens)
-    stamp = _stamp(model, source, column=column, as_column=as_column, prompt=prompt, width=encoder.width)
-    partial = _Partial(output, stamp, (len(source), encoder.width))
+    stamp = _stamp(model, source, column=column, as_column=as_column, task=task, width=encoder.width)
+    partial = Partial(output, stamp, (len(source), encoder.width))
     try:
         start = partial.open()
         progress(start, len(source))
@@ -69,16 +72,22 @@ def encode_file(
     return len(source)
 
 
-class _Partial:
+def _kind(model: Model, column: str) -> str:
+    if len(model.config.encoders) == 1:
+        return "text"
+    return "query" if column in ("query", "anchor") else "document"
+
+
+class Partial:
     """Rows finished so far: an .npy file that is not full yet, and a JSON file that says how many rows of it count."""
 
-    def __init__(self, output: Path, stamp: dict[str, Any], shape: tuple[int, int]):
+    def __init__(self, output: Path, stamp: dict[str, Any], shape: tuple[int, int], dtype: str = "<f4"):
         self.path, self.state = Path(f"{output}.partial"), Path(f"{output}.partial.json")
-        self.stamp, self.shape, self.done = stamp, shape, 0
+        self.stamp, self.shape, self.dtype, self.done = stamp, shape, np.dtype(dtype), 0
         self.file: BinaryIO | None = None
 
     def open(self) -> int:
-        """The rows that are there already."""
+        """The rows that are there already. Raises ConfigError when they belong to another stamp."""
         if self.state.exists() and self.path.exists():
             found = _read_json(self.state)
             if differing := [key for key in self.stamp if found.get("of", {}).get(key) != self.stamp[key]]:
@@ -88,15 +97,15 @@ class _Partial:
                 )
             self.done = found["rows"]
         self.file = self.path.open("r+b" if self.done else "wb")
-        np.lib.format.write_array_header_1_0(self.file, {"descr": "<f4", "fortran_order": False, "shape": self.shape})
-        self.file.truncate(self.file.tell() + self.done * self.shape[1] * 4)
+        np.lib.format.write_array_header_1_0(self.file, {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape})
+        self.file.truncate(self.file.tell() + self.done * self.shape[1] * self.dtype.itemsize)
         self.file.seek(0, os.SEEK_END)
         return self.done
 
     def append(self, vectors: np.ndarray) -> None:
         """The block is on the disk before the count says so."""
         assert self.file is not None
-        self.file.write(vectors.astype("<f4", copy=False).data)
+        self.file.write(vectors.astype(self.dtype, copy=False).data)
         self.file.flush()
         os.fsync(self.file.fileno())
         self.done += len(vectors)

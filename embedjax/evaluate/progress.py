@@ -53,6 +53,27 @@ class Display:
             self.bar.start()
 
 
+class Stages:
+    """A context that is called with (what, done, total): a Display for each `what`, one after the other."""
+
+    def __init__(self, out: TextIO | None = None):
+        self.out = out
+        self.shown: Display | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.shown:
+            self.shown.__exit__(*error)
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self.shown is None or self.shown.what != what:
+            self.__exit__()
+            self.shown = Display(what, self.out)
+        self.shown(done, total)
+
+
 def duration(seconds: float) -> str:
     """`1h 02m`, `3m 20s` or `12s`."""
     whole = round(seconds)

@@ -34,14 +34,15 @@ def table(task: RetrievalData, evaluations: Sequence[Mapping[str, float]]) -> It
     untrained = [row for row in evaluations if row["step"] == 0]
     if evaluations:
         rows["trained"] = evaluations[-1]
-    if untrained and f"{task.name}/{SHOWN[0]}" in untrained[0]:  # not for a task that was added later
+    name = task.task.name
+    if untrained and f"{name}/{SHOWN[0]}" in untrained[0]:  # not for a task that was added later
         rows["untrained"] = untrained[0]
-    name, scores = best_bm25(task)
-    rows[name] = scores
-    yield f"\n{task.name}: {len(task.queries.texts)} held-out queries, {len(task.documents.texts)} documents"
+    system, scores = best_bm25(task)
+    rows[system] = {f"{name}/{metric}": value for metric, value in scores.items()}
+    yield f"\n{name}: {len(task.queries.texts)} held-out queries, {len(task.documents.texts)} documents"
     yield f"{'':<26}" + "".join(f"{metric:>11}" for metric in SHOWN)
-    for name, row in rows.items():
-        yield f"{name:<26}" + "".join(f"{row[f'{task.name}/{metric}']:>11.3f}" for metric in SHOWN)
+    for system, row in rows.items():
+        yield f"{system:<26}" + "".join(f"{row[f'{name}/{metric}']:>11.3f}" for metric in SHOWN)
 
 
 def best_bm25(task: RetrievalData) -> tuple[str, dict[str, float]]:
@@ -51,7 +52,7 @@ def best_bm25(task: RetrievalData) -> tuple[str, dict[str, float]]:
         name: task.measure(bm25_rank(task.queries.texts, task.documents.texts, DEPTH, words=words))
         for name, words in ways.items()
     }
-    return max(found.items(), key=lambda item: item[1][f"{task.name}/ndcg@10"])
+    return max(found.items(), key=lambda item: item[1]["ndcg@10"])
 
 
 def examples(model: Model, task: RetrievalData) -> Iterator[str]:

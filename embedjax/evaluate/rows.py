@@ -44,6 +44,27 @@ def key_at(source: Source, row: int, column: str) -> str:
     return str(value)
 
 
+def label_at(source: Source, row: int, column: str) -> str:
+    """A class label as text; whole numbers and truth values as numbers are written: 3, 1. Raises BadRow."""
+    value = source[row].get(column)
+    if isinstance(value, float) and value.is_integer() or isinstance(value, bool):
+        value = int(value)
+    if not isinstance(value, str | int) or not str(value).strip():
+        found = "missing or empty" if value is None or value == "" else f"{value!r:.40}, not a label"
+        raise BadRow(*source.where(row), f"column {column!r} is {found}")
+    return str(value).strip()
+
+
+def texts_at(source: Source, row: int, column: str) -> list[str]:
+    """A text, or a list of texts, none of them empty. Raises BadRow."""
+    value = source[row].get(column)
+    if not isinstance(value, list):
+        return [text_at(source, row, column)]
+    if odd := [item for item in value if not isinstance(item, str) or not item.strip()]:
+        raise BadRow(*source.where(row), f"column {column!r} holds {odd[0]!r:.40}, which is no text or empty")
+    return value
+
+
 def number_at(source: Source, row: int, column: str) -> float:
     """A finite number. Raises BadRow."""
     value = source[row].get(column)

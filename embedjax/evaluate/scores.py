@@ -8,7 +8,7 @@ returns one float64 a query.
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 Gains = Float[np.ndarray, "Q K"]
 PerQuery = Float[np.ndarray, " Q"]
@@ -56,6 +56,32 @@ def recall_at(gains: Gains, ideal: Gains, k: int) -> PerQuery:
 def precision_at(gains: Gains, k: int) -> PerQuery:
     """The share of the first k that is relevant; missing ranks count as not relevant."""
     return (gains[:, :k] > 0).sum(1) / k
+
+
+def binary(scores: Float[np.ndarray, " N"], right: Bool[np.ndarray, " N"]) -> dict[str, float]:
+    """What similarities tell of a yes or no: average precision; the accuracy at the threshold best for it; F1, precision and
+    recall at the threshold best for F1. Pairs above a threshold are taken for right; equal scores stay together.
+
+    A threshold lies midway between the score it accepts last and the next one. Both classes must occur.
+    """
+    order = np.argsort(-scores, kind="stable")
+    found, hits = scores[order], right[order].cumsum()
+    last = np.append(np.flatnonzero(np.diff(found)), len(found) - 1)  # of each group of equal scores
+    taken, hits, total = last + 1, hits[last], hits[-1]
+    precision, recall = hits / taken, hits / total
+    accuracy = np.append(len(found) - total, len(found) - total + 2 * hits - taken) / len(found)  # the first: none is taken
+    f1 = 2 * hits / (taken + total)
+    edges = np.append(found[last][:-1] + np.diff(found[last]) / 2, found[-1])
+    best, most = int(f1.argmax()), int(accuracy.argmax())
+    return {
+        "ap": float(np.diff(recall, prepend=0) @ precision),
+        "accuracy": float(accuracy[most]),
+        "accuracy_threshold": float(np.append(np.nextafter(found[0], np.inf), edges)[most]),
+        "f1": float(f1[best]),
+        "precision": float(precision[best]),
+        "recall": float(recall[best]),
+        "f1_threshold": float(edges[best]),
+    }
 
 
 def pearson(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> float:

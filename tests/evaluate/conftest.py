@@ -29,9 +29,10 @@ def word_tokenizer() -> Tokenizer:
 def two_towers() -> Model:
     """Columns anchor and positive have towers of their own weights; both know a prompt for queries."""
     arch = config.Bert(vocab_size=64, width=16, depth=1, heads=2, mlp=32, positions=16, init_std=0.3)
-    tower = config.Tower(arch=arch, pooling="mean", include_prompt=True, dense=(), normalize=True)
+    prompts = {"query": "w1 w2 "}
+    tower = config.Tower(arch=arch, pooling="mean", include_prompt=True, dense=(), normalize=True, prompts=prompts)
     names = ("query", "document")
-    texts = Texts(word_tokenizer(), max_length=16, prompts={"query": "w1 w2 "})
+    texts = Texts(word_tokenizer(), max_length=16, prompts=prompts)
     embedder = build_embedder(tower)
     return Model(
         config=config.Model(dict.fromkeys(names, tower), {"anchor": "query", "positive": "document"}),

@@ -51,10 +51,10 @@ def test_every_layer_and_its_gradient(case, attention):
     arch, config_name, model_name = CASES[case]
     model = theirs(arch, config_name, model_name, attention)
     ids = np.where(MASK, RNG.integers(3, 61, MASK.shape), arch.pad_id).astype(np.int32)
-    cotangent = RNG.normal(size=(3, *MASK.shape, 24)).astype(np.float32) * MASK[None, ..., None]
+    cotangent = RNG.normal(size=(4, *MASK.shape, 24)).astype(np.float32) * MASK[None, ..., None]
 
     out = model(torch.tensor(ids).long(), torch.tensor(MASK).long(), output_hidden_states=True)
-    expected = torch.stack(out.hidden_states[1:])
+    expected = torch.stack(out.hidden_states)
     (expected * torch.tensor(cotangent)).sum().backward()
 
     tensors = {name: leaf.detach().numpy() for name, leaf in model.named_parameters()}

@@ -1,0 +1,208 @@
+"""What a model is evaluated on: one class a kind of task, each naming its rows, its columns and its main metric."""
+
+import dataclasses
+
+from embedjax.config.data import File, Source
+from embedjax.config.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What all tasks have. Metrics are NAME/METRIC for whole vectors and NAME@64/METRIC for their first 64 numbers."""
+
+    main = ""  # the metric that stands for the task
+    source: Source = dataclasses.field(default_factory=File)
+    """Where the rows come from."""
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Our column -> the source's."""
+    name: str = dataclasses.field(default="", kw_only=True)
+    """Name in the metrics."""
+    limit: int = dataclasses.field(default=0, kw_only=True)
+    """At most so many rows; 0 for all."""
+    prompt: str = dataclasses.field(default="", kw_only=True)
+    """Name of the model's prompt, adapter or both that the texts are encoded with; empty for those of the task's columns."""
+    dims: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)
+    """Prefixes of the vectors to score as well (Matryoshka), such as 256, 64; the texts are encoded once."""
+
+    def __post_init__(self):
+        if self.limit < 0:
+            raise ConfigError(f"the limit of task {self.name!r} is {self.limit}; it must be at least 0")
+        if len(set(self.dims)) < len(self.dims) or any(dim < 1 for dim in self.dims):
+            raise ConfigError(f"the dims of task {self.name!r} are {self.dims}; each must be at least 1, and there once")
+
+    @property
+    def main_metric(self) -> str:
+        """The key of the metric that stands for the task."""
+        return f"{self.name}/{self.main}"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What its metrics' keys begin with: NAME, and NAME@DIM of each prefix."""
+        return (self.name, *(f"{self.name}@{dim}" for dim in self.dims))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sts(Rows):
+    """Semantic textual similarity: Spearman and Pearson correlation of the model's similarity and the human score."""
+
+    main = "spearman"
+    columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"a": "sentence1", "b": "sentence2", "score": "score"})
+    """The source's columns for a, b and score."""
+    name: str = dataclasses.field(default="sts", kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval(Rows):
+    """Retrieval of each query's own document among all documents of the source, or of a corpus with judgements."""
+
+    main = "ndcg@10"
+    source: Source = dataclasses.field(default_factory=File)
+    """Query-document pairs; or, with `corpus`, the judgements."""
+    columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"query": "anchor", "document": "positive"})
+    """The source's columns for query and document; with `corpus`: query_id, document_id and relevance."""
+    queries: File | None = None
+    """Queries, with columns id and text (names in `query_columns`)."""
+    corpus: File | None = None
+    """Documents, with columns id and text (names in `corpus_columns`)."""
+    query_columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"id": "_id", "text": "text"})
+    """Columns of `queries`."""
+    corpus_columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"id": "_id", "title": "title", "text": "text"})
+    """Columns of `corpus`; the title, if named, is put before the text."""
+    name: str = dataclasses.field(default="retrieval", kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reranking(Rows):
+    """Order of each query's own candidates: MAP, MRR@10, nDCG@10. Rows of equal queries are one query."""
+
+    main = "ndcg@10"
+    columns: dict[str, str] = dataclasses.field(
+        default_factory=lambda: {"query": "query", "positive": "positive", "negative": "negative"}
+    )
+    """The source's columns for query, positive and negative: a text or a list of texts; more are negative_2, positive_2 ..."""
+    name: str = dataclasses.field(default="reranking", kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairClassification(Rows):
+    """Whether two texts belong together: average precision, and accuracy and F1 at the best threshold of the similarity."""
+
+    main = "ap"
+    columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"a": "sentence1", "b": "sentence2", "label": "label"})
+    """The source's columns for a, b and label."""
+    positive: str = "1"
+    """The label of pairs that belong together; every other label says that they do not."""
+    name: str = dataclasses.field(default="pairs", kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class TripletAccuracy(Rows):
+    """Share of triplets whose anchor is nearer to the positive than to the negative."""
+
+    main = "accuracy"
+    columns: dict[str, str] = dataclasses.field(
+        default_factory=lambda: {"anchor": "anchor", "positive": "positive", "negative": "negative"}
+    )
+    """The source's columns for anchor, positive and negative."""
+    name: str = dataclasses.field(default="triplets", kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(Rows):
+    """Accuracy and macro F1 of a logistic regression on the vectors, a mean over draws of few training rows (as mteb's)."""
+
+    main = "accuracy"
+    columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"text": "text", "label": "label"})
+    """The columns for text and label, of both sources."""
+    train: Source = dataclasses.field(default_factory=File)
+    """Rows that the classifier learns from; `source` holds those it is tested on."""
+    per_label: int = 8
+    """Training rows of each label in a draw; 0 for all rows, once."""
+    experiments: int = 10
+    """Draws."""
+    seed: int = 42
+    """Seed of the draws."""
+    name: str = dataclasses.field(default="classification", kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.per_label < 0 or self.experiments < 1:
+            raise ConfigError(
+                f"task {self.name!r} has per_label {self.per_label} and experiments {self.experiments}; "
+                "they must be at least 0 and 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class KnnClassification(Rows):
+    """Accuracy and macro F1 of the label that most of the k nearest training rows have."""
+
+    main = "accuracy"
+    columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"text": "text", "label": "label"})
+    """The columns for text and label, of both sources."""
+    train: Source = dataclasses.field(default_factory=File)
+    """Rows whose labels are known; `source` holds those it is tested on."""
+    k: int = 5
+    """Nearest rows that vote; of labels with equal votes the first in sorted order wins."""
+    name: str = dataclasses.field(default="knn", kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.k < 1:
+            raise ConfigError(f"task {self.name!r} has k {self.k}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadAccuracy(Rows):
+    """Accuracy and macro F1 of a class head of the model's own, on single texts or pairs of them."""
+
+    main = "accuracy"
+    columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"text": "text", "label": "label"})
+    """The source's columns for text and label; `other` for the second text of a pair. Labels are names or numbers of the head's
+    classes, or lists of them."""
+    head: str = ""
+    """Name of the set that trained the head; empty for the only one."""
+    name: str = dataclasses.field(default="head", kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Clustering(Rows):
+    """V-measure of mini-batch k-means with as many clusters as there are labels, a mean over starts."""
+
+    main = "v_measure"
+    columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"text": "text", "label": "label"})
+    """The source's columns for text and label."""
+    experiments: int = 10
+    """Starts of k-means."""
+    seed: int = 42
+    """Seed of the first start; the others follow it."""
+    name: str = dataclasses.field(default="clustering", kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.experiments < 1:
+            raise ConfigError(f"task {self.name!r} has experiments {self.experiments}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class BitextMining(Rows):
+    """Whether each text's nearest neighbour in the other language is its translation: F1, and accuracy in both directions."""
+
+    main = "f1"
+    columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"source": "source", "target": "target"})
+    """The source's columns for the two languages."""
+    name: str = dataclasses.field(default="bitext", kw_only=True)
+
+
+Task = (
+    Sts
+    | Retrieval
+    | Reranking
+    | PairClassification
+    | TripletAccuracy
+    | Classification
+    | KnnClassification
+    | HeadAccuracy
+    | Clustering
+    | BitextMining
+)

@@ -1,0 +1,77 @@
+"""Evaluation tasks -> metrics of a model. Reads its data once, encodes each text once for all prefixes, trains nothing."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from jax.sharding import Mesh as DeviceMesh
+
+from embedjax import config
+from embedjax.config import Similarity, Task
+from embedjax.config.errors import ConfigError
+from embedjax.evaluate.tasks import bitext, classification, clustering, heads, pairs, reranking, retrieval, sts
+from embedjax.evaluate.tasks.retrieval import DEPTH, RetrievalData
+from embedjax.evaluate.tasks.side import Side, Vectors
+from embedjax.load import Model
+
+__all__ = ["DEPTH", "RetrievalData", "TaskData", "evaluate", "prepare", "read"]
+
+
+@runtime_checkable
+class TaskData(Protocol):
+    """A task whose data was read: texts, and what is made of their vectors."""
+
+    @property
+    def task(self) -> Any: ...
+
+    @property
+    def sides(self) -> Sequence[Side]: ...
+
+    def scores(self, vectors: Sequence[Vectors], similarity: Similarity, mesh: DeviceMesh | None) -> dict[str, float]:
+        """{METRIC: value} of the vectors of `sides`, whole or a prefix of them."""
+        ...
+
+
+READERS: dict[type, Callable[[Any], TaskData]] = {
+    config.Sts: sts.read,
+    config.Retrieval: retrieval.read,
+    config.Reranking: reranking.read,
+    config.PairClassification: pairs.read_pairs,
+    config.TripletAccuracy: pairs.read_triplets,
+    config.Classification: classification.read_probe,
+    config.KnnClassification: classification.read_knn,
+    config.HeadAccuracy: heads.read,
+    config.Clustering: clustering.read,
+    config.BitextMining: bitext.read,
+}
+
+
+def evaluate(model: Model, tasks: Sequence[Task | TaskData], *, mesh: DeviceMesh | None = None) -> dict[str, float]:
+    """{"NAME/METRIC": value} of all tasks, and {"NAME@64/METRIC": value} of the first 64 numbers where a task's `dims` ask for
+    them. A training run calls `prepare` once and passes what it gives.
+
+    Raises DataError for data that cannot be used, ConfigError for dims beyond the model's, NonFiniteError for a model whose
+    vectors are not finite.
+    """
+    found: dict[str, float] = {}
+    for task in tasks:
+        data = task if isinstance(task, TaskData) else read(task)
+        data = data.of(model) if isinstance(data, heads.HeadData) else data
+        whole = [side.vectors(model, mesh, data.task.prompt) for side in data.sides]
+        for label, dim in zip(data.task.labels, (None, *data.task.dims), strict=True):
+            vectors = [side.prefix(model, part, dim) if dim else part for side, part in zip(data.sides, whole, strict=True)]
+            scores = data.scores(vectors, model.config.similarity, mesh)
+            found.update({f"{label}/{metric}": value for metric, value in scores.items()})
+    return found
+
+
+def prepare(tasks: Sequence[Task]) -> tuple[TaskData, ...]:
+    """All tasks, read. Raises ConfigError for two of one name, DataError."""
+    names = [task.name for task in tasks]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"evaluation tasks share the name {twice[0]!r}; give each its own")
+    return tuple(map(read, tasks))
+
+
+def read(task: Task) -> TaskData:
+    """The data of one task. Raises DataError for the first row that cannot be used: an evaluation passes over none."""
+    return READERS[type(task)](task)

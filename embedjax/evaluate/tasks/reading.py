@@ -1,0 +1,48 @@
+"""A task's sources -> checked columns. What cannot be used is an error that names its row: an evaluation passes over none."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from embedjax.config import Source as SourceConfig
+from embedjax.config import Task
+from embedjax.config.errors import ConfigError
+from embedjax.data.sources import Source, open_source, select
+from embedjax.evaluate.rows import label_at, text_at
+
+
+def opened(task: Task, needed: Sequence[str], source: SourceConfig | None = None) -> Source:
+    """A task's source (or another of its sources), which has all columns that the task names. Raises ConfigError, DataError."""
+    require(task, task.columns, needed)
+    found = open_source(source or task.source)
+    select(found, task.columns, f"task {task.name!r}")
+    return found
+
+
+def require(task: Task, columns: Mapping[str, str], needed: Sequence[str]) -> None:
+    """Raises ConfigError for a column that a task needs and does not name."""
+    if missing := [name for name in needed if name not in columns]:
+        raise ConfigError(f"task {task.name!r} names no column for {missing[0]}; its columns are {dict(columns)}")
+
+
+def rows_of(task: Task, source: Source) -> range:
+    """The numbers of the rows that `limit` leaves."""
+    return range(min(len(source), task.limit or len(source)))
+
+
+def texts_in(task: Task, source: Source, column: str) -> list[str]:
+    """The texts of one of our columns, none empty."""
+    return [text_at(source, row, task.columns[column]) for row in rows_of(task, source)]
+
+
+def labels_in(task: Task, source: Source, rows: range) -> list[str]:
+    """The labels of some rows, whole numbers as text."""
+    return [label_at(source, row, task.columns["label"]) for row in rows]
+
+
+def numbered(values: Sequence[str]) -> tuple[list[str], Int[np.ndarray, " N"]]:
+    """The different values in the order they come in, and the number of each row's value among them."""
+    places: dict[str, int] = {}
+    rows = np.array([places.setdefault(value, len(places)) for value in values], np.int32)
+    return list(places), rows

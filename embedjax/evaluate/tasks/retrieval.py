@@ -1,0 +1,122 @@
+"""Retrieval: each query's documents among all others, by exact search."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from jax.sharding import Mesh as DeviceMesh
+from jaxtyping import Int
+
+from embedjax.config import Retrieval, Similarity
+from embedjax.config.errors import ConfigError, DataError
+from embedjax.data.sources import Source, open_source, select
+from embedjax.evaluate import scores
+from embedjax.evaluate.retrieval import topk
+from embedjax.evaluate.rows import key_at, number_at, string_at, text_at
+from embedjax.evaluate.tasks.reading import opened, require, rows_of
+from embedjax.evaluate.tasks.side import Side, Vectors, comparable
+from embedjax.load import Model
+
+# Ranks that the metrics look at.
+DEPTH = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalData:
+    """Queries, documents and, for each query, {row number of a document: relevance}."""
+
+    task: Retrieval
+    queries: Side
+    documents: Side
+    judgements: Sequence[Mapping[int, float]]
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        return self.queries, self.documents
+
+    def rank(self, model: Model, mesh: DeviceMesh | None = None, k: int = DEPTH) -> Int[np.ndarray, "Q k"]:
+        """Row numbers of each query's min(k, N) nearest documents, nearest first."""
+        vectors = [side.vectors(model, mesh, self.task.prompt) for side in self.sides]
+        return nearest(vectors, model.config.similarity, mesh, k)
+
+    def measure(self, ranked: Int[np.ndarray, "Q k"]) -> dict[str, float]:
+        """The metrics of any ranking of these documents, such as `rank`'s or BM25's; means over the queries."""
+        gains, ideal = scores.gains_of(ranked, self.judgements), scores.ideal_gains(self.judgements)
+        found = {
+            "ndcg@10": scores.ndcg_at(gains, ideal, 10),
+            "mrr@10": scores.mrr_at(gains, 10),
+            "map@100": scores.map_at(gains, ideal, 100),
+            "recall@1": scores.recall_at(gains, ideal, 1),
+            "recall@10": scores.recall_at(gains, ideal, 10),
+            "recall@100": scores.recall_at(gains, ideal, 100),
+        }
+        return {key: float(value.mean()) for key, value in found.items()}
+
+    def scores(self, vectors: Sequence[Vectors], similarity: Similarity, mesh: DeviceMesh | None) -> dict[str, float]:
+        """The metrics of the model's ranking."""
+        return self.measure(nearest(vectors, similarity, mesh, DEPTH))
+
+
+def nearest(vectors: Sequence[Vectors], similarity: Similarity, mesh: DeviceMesh | None, k: int) -> Int[np.ndarray, "Q k"]:
+    """(queries, documents) -> row numbers of each query's min(k, N) nearest documents, nearest first."""
+    queries, documents = (comparable(part, similarity) for part in vectors)
+    return topk(queries, documents, k, mesh=mesh)[1]
+
+
+def read(task: Retrieval) -> RetrievalData:
+    return _read_pairs(task) if task.corpus is None else _read_judged(task)
+
+
+def _read_pairs(task: Retrieval) -> RetrievalData:
+    """Equal documents are one document; all documents of equal queries are relevant to the one query."""
+    source = opened(task, ("query", "document"))
+    queries: dict[str, int] = {}
+    documents: dict[str, int] = {}
+    judgements: list[dict[int, float]] = []
+    for row in rows_of(task, source):
+        query, document = (text_at(source, row, task.columns[name]) for name in ("query", "document"))
+        place = queries.setdefault(query, len(queries))
+        if place == len(judgements):
+            judgements.append({})
+        judgements[place][documents.setdefault(document, len(documents))] = 1.0
+    return _retrieval(task, queries, documents, judgements)
+
+
+def _read_judged(task: Retrieval) -> RetrievalData:
+    """Judged queries against a whole corpus, as BEIR lays it out. Documents, unlike queries, may be empty texts."""
+    if task.corpus is None or task.queries is None:
+        raise ConfigError(f"task {task.name!r} has a corpus but no queries; with a corpus, set `queries` too")
+    corpus = _texts_by_id(task, open_source(task.corpus), task.corpus_columns)
+    texts = _texts_by_id(task, open_source(task.queries), task.query_columns)
+    source, columns = opened(task, ("query_id", "document_id")), task.columns
+    places = {key: place for place, key in enumerate(corpus)}
+    judgements: dict[str, dict[int, float]] = {}
+    for row in rows_of(task, source):
+        query, document = (key_at(source, row, columns[name]) for name in ("query_id", "document_id"))
+        for key, known, what in ((query, texts, "query"), (document, corpus, "document")):
+            if key not in known:
+                raise DataError(f"{':'.join(map(str, source.where(row)))}: {what} {key!r} is not in the {what} file")
+        if not texts[query].strip():
+            raise DataError(f"task {task.name!r}: the text of query {query!r} is empty")
+        relevance = number_at(source, row, columns["relevance"]) if "relevance" in columns else 1.0
+        judgements.setdefault(query, {})[places[document]] = relevance
+    return _retrieval(task, [texts[query] for query in judgements], corpus.values(), list(judgements.values()))
+
+
+def _retrieval(
+    task: Retrieval, queries: Iterable[str], documents: Iterable[str], judgements: Sequence[Mapping[int, float]]
+) -> RetrievalData:
+    return RetrievalData(task, Side(list(queries), "query"), Side(list(documents), "document"), judgements)
+
+
+def _texts_by_id(task: Retrieval, source: Source, columns: Mapping[str, str]) -> dict[str, str]:
+    require(task, columns, ("id", "text"))
+    select(source, dict(columns), f"task {task.name!r}")
+    found: dict[str, str] = {}
+    for row in range(len(source)):
+        key = key_at(source, row, columns["id"])
+        if key in found:
+            raise DataError(f"{':'.join(map(str, source.where(row)))}: the id {key!r} appears twice")
+        title = string_at(source, row, columns["title"]) if "title" in columns else ""
+        found[key] = f"{title} {string_at(source, row, columns['text'])}".strip()
+    return found

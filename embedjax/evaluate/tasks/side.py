@@ -1,0 +1,65 @@
+"""The texts of one column -> vectors, their prefixes, and how they are compared. Every task is made of such sides."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jax.sharding import Mesh as DeviceMesh
+from jaxtyping import Float
+
+from embedjax.config import Similarity, Tower
+from embedjax.config.errors import ConfigError
+from embedjax.data.text import Texts
+from embedjax.evaluate.encode import Columns, Encoder
+from embedjax.load import Model
+
+Vectors = Float[np.ndarray, "N E"]
+
+
+class Side:
+    """The texts of one column, and their tokens as the last tokenizer gave them, so that a run tokenizes them once."""
+
+    def __init__(self, texts: Sequence[str], column: str):
+        self.texts, self.column = list(texts), column
+        self.tokens: tuple[tuple, list[Columns]] | None = None
+
+    def vectors(self, model: Model, mesh: DeviceMesh | None, prompt: str = "") -> Vectors:
+        """Encoded by the column's tower, "query" and "document" with the prompts of these roles where the model has such.
+        `prompt` names a prompt or adapter to take instead. Raises ConfigError for an unknown one."""
+        encoder = Encoder(model, column=self.column, task=prompt or None, mesh=mesh)
+        key = (encoder.prompt, *_identity(encoder.texts))
+        if self.tokens is None or self.tokens[0] != key:
+            starts = range(0, len(self.texts), encoder.block)
+            self.tokens = key, [encoder.tokenize(self.texts[at : at + encoder.block]) for at in starts]
+        return np.concatenate([encoder.embed(block) for block in self.tokens[1]])
+
+    def prefix(self, model: Model, vectors: Vectors, dim: int) -> Vectors:
+        """The first `dim` numbers of this side's vectors."""
+        return prefixed(vectors, dim, model.config.towers[model.config.tower_of(self.column)])
+
+
+def prefixed(vectors: Vectors, dim: int, tower: Tower) -> Vectors:
+    """The first `dim` numbers of a tower's vectors, at length 1 again where the tower scales them. Raises ConfigError."""
+    if dim > vectors.shape[1]:
+        raise ConfigError(f"dims holds {dim}; the model's vectors have {vectors.shape[1]} numbers")
+    return vectors[:, :dim] if tower.normalize is False else unit(vectors[:, :dim])
+
+
+def comparable(vectors: Vectors, similarity: Similarity) -> Vectors:
+    """Vectors whose products with each other are the model's similarities."""
+    return vectors if similarity == "dot" else unit(vectors)
+
+
+def pairwise(a: Vectors, b: Vectors, similarity: Similarity) -> Float[np.ndarray, " N"]:
+    """The similarity of each row of `a` and the same row of `b`, float64."""
+    return np.einsum("ne,ne->n", *(comparable(vectors.astype(np.float64), similarity) for vectors in (a, b)))
+
+
+def unit(vectors: Vectors) -> Vectors:
+    """Rows scaled to length 1; a row of zeros stays one."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _identity(texts: Texts) -> tuple:
+    """What decides tokens, cheap enough to compare each time."""
+    said = (texts.max_length, tuple(sorted(texts.prompts.items())), texts.default_prompt, texts.include_prompt)
+    return (*said, hash(texts.tokenizer.to_str()))
