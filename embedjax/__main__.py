@@ -13,17 +13,19 @@ from embedjax.config.errors import ConfigError, Elsewhere, EmbedjaxError, NonFin
 USAGE = """usage: embedjax COMMAND ...
 
   train CONFIG [--run-dir DIR] [--fresh] [--dry-run] [--FIELD VALUE ...]   train, or go on with a run
-  evaluate MODEL --task sts|retrieval --data FILE [--columns a=b,...]      score a model
-  encode MODEL INPUT OUTPUT                                                texts -> vectors (.npy or .parquet)
+  evaluate MODEL --task TASK --data FILE [--columns a=b,...] [--dims 64]   score a model
+  encode MODEL INPUT OUTPUT [--as query|document] [--task NAME]            texts -> vectors (.npy or .parquet)
   search MODEL --corpus FILE "query"                                       the texts nearest to a query
+  mine MODEL CORPUS PAIRS OUT [--num-negatives 5 ...]                      hard negatives of the pairs, from the corpus
   export MODEL FOLDER [--format sentence-transformers|hf]                  write a folder that others load
   export FOLDER --check                                                    read it back and compare
   plan CONFIG --topology v5e:16x16 [--search]                              memory, FLOPs, traffic and time on devices not here
   launch local|slurm|tpu-vm|jobset-tpu|jobset-gpu|sky CONFIG [--dry-run]   start it there
   doctor [FOLDER ...]                                                      this machine, versions, allocator, folders
+  doctor --data CONFIG                                                     lengths, cut, repeated, bad and leaking rows
 
-MODEL is a run folder (newest save; RUN@best, RUN@500), an exported folder, a Hugging Face or sentence-transformers folder, or a
-hub id. `embedjax COMMAND --help` tells more."""
+MODEL is a run folder (newest save; RUN@best, RUN@500; RUN@soup:100,200 or RUN@soup:last3, the mean of saves), an exported
+folder, a Hugging Face or sentence-transformers folder, or a hub id. `embedjax COMMAND --help` tells more."""
 
 
 def run(arguments: Sequence[str]) -> int:

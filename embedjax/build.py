@@ -12,14 +12,17 @@ import numpy as np
 import optax
 
 from embedjax import distributed, objective, optim, sharding, step
-from embedjax.config import Config, Tower
+from embedjax.config import Config, Tower, Transformer
 from embedjax.config.errors import ConfigError, nearest
 from embedjax.data.batches import Batches
+from embedjax.data.columns import is_text
+from embedjax.data.mined import Mined
 from embedjax.data.sources import BadRow, open_source
 from embedjax.data.text import Texts, save_tokenizer, train_wordpiece
+from embedjax.export import check_format
 from embedjax.load import make_texts, resolve_tower, tokenizer_folders
 from embedjax.metrics.pace import train_flops
-from embedjax.models import folders
+from embedjax.models import folders, lora
 from embedjax.models.embedder import Embedder, build_embedder
 
 # Rows whose text a "wordpiece" tokenizer is trained on: more changes its pieces little and costs seconds.
@@ -46,6 +49,7 @@ class Run:
     mesh: jax.sharding.Mesh
     sources: dict[str, Any]
     texts: dict[str, Texts]
+    mined: dict[str, Mined]
     batches: Batches
     embedders: dict[str, Embedder]
     init: Callable[[], tuple[step.TrainState, dict]]
@@ -63,12 +67,50 @@ def resolve(config: Config, known: Config | None = None) -> Config:
     for column, name in config.model.columns.items():
         if name not in config.model.towers:
             raise ConfigError(f"model.columns gives {column!r} to tower {name!r}; {nearest(name, config.model.towers)}")
-    names = config.model.encoders
-    if config.export.format != "none" and len(names) > 1:
-        raise ConfigError(f"export.format {config.export.format!r} holds one tower, the model has {len(names)}; use none")
     stored = known.model.towers if known else {}
     towers = {name: resolve_tower(tower, stored.get(name)) for name, tower in config.model.towers.items()}
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, towers=towers))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, towers=towers))
+    known_sets = {task.name: task for task in known.data.sets} if known else {}
+    sets = tuple(objective.resolve(task, config.model, known_sets.get(task.name)) for task in config.data.sets)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sets=sets))
+    _check_towers(config)
+    _check_adapters(config)
+    return config
+
+
+def _check_towers(config: Config) -> None:
+    """What the towers of one model must agree in."""
+    model = config.model
+    if "negative" in model.columns and (other := model.tower_of("positive")) != model.columns["negative"]:
+        raise ConfigError(
+            f"model.columns gives negatives to tower {model.columns['negative']!r}; they go where positives do, to {other!r}"
+        )
+    widths = {name: model.towers[name].width for name in model.encoders}
+    if len(set(widths.values())) > 1:
+        raise ConfigError(
+            f"the towers' vectors are compared with each other, but have {widths} numbers; end the wider tower in a "
+            'Dense(..., activation="identity")'
+        )
+    _ = model.similarity
+    if config.export.format != "none":
+        check_format(model, config.export.format)
+
+
+def _check_adapters(config: Config) -> None:
+    """Every set, every evaluation and the export must know their adapter now, not at the end of the run."""
+    asked = {f"set {task.name!r}": task.adapter for task in config.data.sets}
+    asked |= {"export": config.export.adapter} if config.export.format != "none" else {}
+    towers = {name: config.model.towers[name].lora for name in config.model.encoders}
+    for what, name in asked.items():
+        if name and not any(towers.values()):
+            raise ConfigError(f"{what} names the adapter {name!r}; no tower has `lora`")
+    for tower, adapters in towers.items():
+        also = {f"evaluation task {t.name!r}": t.prompt if t.prompt in adapters else "" for t in config.evaluate.tasks}
+        for what, name in (asked | also).items():
+            try:
+                lora.chosen(adapters, name)
+            except ConfigError as error:
+                raise ConfigError(f"{what}, tower {tower!r}: {error}") from error
 
 
 def build(config: Config, folder: Path) -> Run:
@@ -78,30 +120,37 @@ def build(config: Config, folder: Path) -> Run:
     sources = {task.name: open_source(task.source) for task in config.data.sets}
     make_all = lambda: {name: _texts(config, name, tower, sources, folder) for name, tower in config.model.towers.items()}
     texts = distributed.in_turn("making the tokenizers", make_all, config.distributed.meet)
-    batches = _batches(config, sources, texts, folder, mesh)
+    mined = {task.name: Mined(task, sources[task.name], folder / "mined") for task in config.data.sets if task.mine}
+    batches = _batches(config, sources, mined, texts, folder, mesh)
     made = parts(config, mesh)
     init = functools.partial(_init, config, made.embedders, made.tx, mesh)
-    return Run(config, mesh, sources, texts, batches, made.embedders, init, made.abstract, made.constants, made.steps)
+    return Run(config, mesh, sources, texts, mined, batches, made.embedders, init, made.abstract, made.constants, made.steps)
 
 
 def parts(config: Config, mesh: jax.sharding.Mesh) -> Parts:
     """What of a run needs no data, from a resolved config. The mesh may be of devices that are not here."""
     _check_sizes(config, mesh)
     embedders = {name: build_embedder(tower) for name, tower in config.model.towers.items()}
-    objectives = {task.name: objective.make(task, config.model, embedders, mesh) for task in config.data.sets}
+    objectives = {task.name: objective.make(task, config.model, embedders, mesh) for task in config.data.tasks}
     shapes = jax.eval_shape(functools.partial(_random_params, config, embedders))
-    trained_shapes, frozen = optim.partition(shapes, config.optim.freeze)
+    trained_shapes, frozen = _partition(config, shapes)
     if "loss" in frozen:
         raise ConfigError("optim.freeze matches loss/scale; set the loss's learn_scale to False instead")
-    tx, schedule = optim.make(config.optim, config.steps, trained_shapes)
-    abstract = jax.eval_shape(functools.partial(step.init_state, tx=tx), trained_shapes)
+    still = {name: tower.freeze_layers for name, tower in config.model.towers.items() if tower.freeze_layers}
+    tx, schedule = optim.make(config.optim, config.steps, trained_shapes, still)
+    abstract = jax.eval_shape(functools.partial(step.init_state, tx=tx, ema=config.optim.ema), trained_shapes)
     shardings = sharding.shardings(abstract, mesh)
     place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     constants = jax.tree.map(place, frozen, sharding.shardings(frozen, mesh))
     steps = {}
     for name, made in objectives.items():
-        steps[name] = step.jitted(step.make(_gradient(config, made, mesh), tx, schedule, config.seed), shardings)
+        made_step = step.make(_gradient(config, made, mesh), tx, schedule, config.seed, config.optim.ema)
+        steps[name] = step.jitted(made_step, shardings)
     return Parts(embedders, tx, jax.tree.map(place, abstract, shardings), constants, steps)
+
+
+def _partition(config: Config, params: dict) -> tuple[dict, dict]:
+    return optim.partition(params, (*config.optim.freeze, *optim.constant(config.model, config.data.sets)))
 
 
 def _gradient(config: Config, made: objective.Objective, mesh: jax.sharding.Mesh) -> step.Gradient:
@@ -117,7 +166,7 @@ def _check_sizes(config: Config, mesh: jax.sharding.Mesh) -> None:
         if size % (devices * parts):
             raise ConfigError(f"data.batch_size {size} is not divisible by {devices} devices x optim.{name} {parts}")
     for name, tower in config.model.towers.items():
-        if tower.arch and tower.arch.heads % mesh.shape["tensor"]:
+        if isinstance(tower.arch, Transformer) and tower.arch.heads % mesh.shape["tensor"]:
             raise ConfigError(
                 f"mesh.tensor {mesh.shape['tensor']} does not divide the {tower.arch.heads} heads of tower {name!r}"
             )
@@ -126,8 +175,15 @@ def _check_sizes(config: Config, mesh: jax.sharding.Mesh) -> None:
 def _random_params(config: Config, embedders: dict[str, Embedder]) -> dict:
     """Random parameters of all towers and losses; every tower has a key of its own."""
     key = jax.random.key(config.seed)
-    towers = {name: embedders[name].init(jax.random.fold_in(key, i)) for i, name in enumerate(sorted(embedders))}
-    losses = {k: v for task in config.data.sets for k, v in objective.loss_params(task).items()}
+    towers = {}
+    for i, name in enumerate(sorted(embedders)):
+        own = jax.random.fold_in(key, i)
+        towers[name] = embedders[name].init(own)
+        if adapters := config.model.towers[name].lora:
+            towers[name]["lora"] = lora.init(adapters, towers[name]["encoder"], jax.random.fold_in(own, 0))
+    losses = {}
+    for i, task in enumerate(config.data.tasks, len(embedders)):
+        losses |= objective.loss_params(task, config.model, embedders, jax.random.fold_in(key, i))
     return {"towers": towers, **({"loss": losses} if losses else {})}
 
 
@@ -142,8 +198,8 @@ def _init(config: Config, embedders, tx, mesh) -> tuple[step.TrainState, dict]:
             params["towers"][name] = sharding.put({"towers": {name: _overlay(params["towers"][name], read)}}, mesh)["towers"][
                 name
             ]
-    trained, constants = optim.partition(params, config.optim.freeze)
-    start = functools.partial(step.init_state, tx=tx)
+    trained, constants = _partition(config, params)
+    start = functools.partial(step.init_state, tx=tx, ema=config.optim.ema)
     state = jax.jit(start, out_shardings=sharding.shardings(jax.eval_shape(start, trained), mesh))(trained)
     return state, constants
 
@@ -189,11 +245,13 @@ def _training_text(config: Config, sources: dict) -> Iterator[str]:
                 row = source[i]
             except BadRow:
                 continue
-            yield from (row[c] for c in task.columns.values() if isinstance(row.get(c), str))
+            yield from (row[c] for name, c in task.columns.items() if is_text(name) and isinstance(row.get(c), str))
 
 
-def _batches(config: Config, sources: dict, texts: dict[str, Texts], folder: Path, mesh: jax.sharding.Mesh) -> Batches:
-    columns = {name.partition("_")[0] for task in config.data.sets for name in task.columns} & TEXT_COLUMNS
+def _batches(
+    config: Config, sources: dict, mined: dict[str, Mined], texts: dict[str, Texts], folder: Path, mesh: jax.sharding.Mesh
+) -> Batches:
+    columns = {name.partition("_")[0] for task in config.data.sets for name in task.names} & TEXT_COLUMNS
     towers = {column: config.model.tower_of(column) for column in columns}
     part, parts = sharding.share(mesh)
     return Batches(
@@ -203,6 +261,7 @@ def _batches(config: Config, sources: dict, texts: dict[str, Texts], folder: Pat
         {column: config.model.towers[tower].prompt_for(column) for column, tower in towers.items()},
         seed=config.seed,
         steps=config.steps,
+        mined=mined,
         process_index=part,
         process_count=parts,
         run_folder=folder,

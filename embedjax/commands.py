@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from embedjax import supervise
-from embedjax.config import Bert, Config, Data, Evaluate, File, Model, Retrieval, Set, Sts, Tower
+from embedjax.config import Bert, Config, Data, Evaluate, Model, Retrieval, Set, Tower
 from embedjax.config.errors import CheckFailed, ConfigError
 
 # What `train --help` without a config file shows the fields of.
@@ -87,49 +87,9 @@ def _steps(text: str) -> range | None:
 
 def evaluate(arguments: Sequence[str]) -> None:
     """evaluate MODEL --task TASK --data FILE"""
+    from embedjax.evaluate.arguments import parse
 
-    def command(
-        model: tyro.conf.Positional[str],
-        task: Literal["sts", "retrieval"],
-        data: str,
-        columns: str = "",
-        names: str = "",
-        queries: str = "",
-        corpus: str = "",
-        limit: int = 0,
-    ) -> tuple:
-        """Scores a model.
-
-        Args:
-            model: Run folder, exported folder, Hugging Face or sentence-transformers folder, or hub id.
-            task: sts: correlation with scored pairs; retrieval: ranking of each query's documents.
-            data: File of scored pairs, of query-document pairs, or (with --corpus) of judgements.
-            columns: Ours=theirs, comma-separated: a=sentence1,b=sentence2,score=score for sts;
-                query=question,document=answer for retrieval; query_id=..,document_id=..,relevance=.. for judgements.
-            names: Comma-separated column names of a CSV or TSV file without a header row.
-            queries: With --corpus: file of queries (columns _id, text).
-            corpus: File of documents (columns _id, title, text).
-            limit: At most so many rows; 0 for all.
-        """
-        source = File(data, names=tuple(filter(None, names.split(","))))
-        chosen = _pairs(columns)
-        if task == "sts":
-            made = Sts(source, chosen or {"a": "sentence1", "b": "sentence2", "score": "score"}, limit=limit)
-        else:
-            paired = {"query": "query", "document": "document"}
-            judged = {"query_id": "query-id", "document_id": "corpus-id", "relevance": "score"}
-            if bool(queries) != bool(corpus):
-                raise ConfigError("--queries and --corpus go together")
-            made = Retrieval(
-                source,
-                chosen or (judged if corpus else paired),
-                File(queries) if queries else None,
-                File(corpus) if corpus else None,
-                limit=limit,
-            )
-        return model, made
-
-    name, task = tyro.cli(command, args=arguments, prog="embedjax evaluate")
+    name, task = parse(arguments)
     from embedjax.config import Mesh
     from embedjax.evaluate import tasks
     from embedjax.load import load
@@ -137,16 +97,6 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     for key, value in tasks.evaluate(load(name), tasks.prepare((task,)), mesh=make_mesh(Mesh())).items():
         print(f"{key}\t{value:.4f}")
-
-
-def _pairs(text: str) -> dict[str, str]:
-    pairs = {}
-    for part in filter(None, text.split(",")):
-        ours, sign, theirs = part.partition("=")
-        if not (ours and sign and theirs):
-            raise ConfigError(f"--columns holds {part!r}; it must be OURS=THEIRS, such as query=question")
-        pairs[ours] = theirs
-    return pairs
 
 
 def encode(arguments: Sequence[str]) -> None:
@@ -157,8 +107,8 @@ def encode(arguments: Sequence[str]) -> None:
         input: tyro.conf.Positional[str],
         output: tyro.conf.Positional[str],
         column: str = "",
-        tower: Literal["anchor", "positive"] = "positive",
-        prompt: str = "",
+        kind: Annotated[Literal["query", "document", "text"] | None, tyro.conf.arg(name="as")] = None,
+        task: str = "",
     ) -> tuple:
         """Writes one vector a text. The same command after a kill goes on where it stopped.
 
@@ -167,12 +117,14 @@ def encode(arguments: Sequence[str]) -> None:
             input: .txt with a text a line, .jsonl, .csv, .tsv or .parquet.
             output: .npy (float32, N x E) or .parquet (texts and vectors).
             column: Column of the texts in the input (default: the only one, or "text").
-            tower: Where query and document towers differ: anchor encodes queries, positive documents.
-            prompt: Name of one of the model's prompts.
+            kind: What the texts are: queries and documents have prompts or towers of their own where the model has such
+                (default: text, without; for a model of two towers query where the column is called query or anchor, else
+                document).
+            task: Name of one of the model's prompts, of one of its adapters, or of both.
         """
-        return model, input, output, column, tower, prompt
+        return model, input, output, column, kind, task
 
-    name, source, output, column, tower, prompt = tyro.cli(command, args=arguments, prog="embedjax encode")
+    name, source, output, column, kind, task = tyro.cli(command, args=arguments, prog="embedjax encode")
     from embedjax.config import Mesh
     from embedjax.evaluate.files import encode_file
     from embedjax.evaluate.progress import Display
@@ -185,8 +137,8 @@ def encode(arguments: Sequence[str]) -> None:
             source,
             output,
             column=column or None,
-            as_column=tower,
-            prompt=prompt or None,
+            as_column=kind,
+            task=task or None,
             mesh=make_mesh(Mesh()),
             progress=progress,
         )
@@ -202,6 +154,7 @@ def search(arguments: Sequence[str]) -> None:
         corpus: str,
         column: str = "",
         k: int = 5,
+        adapter: str = "",
     ) -> tuple:
         """Prints the texts of a corpus nearest to a query.
 
@@ -211,21 +164,48 @@ def search(arguments: Sequence[str]) -> None:
             corpus: File of texts (.txt, .jsonl, .csv, .tsv, .parquet), or a folder whose Python functions are the texts.
             column: Column of the texts (default: the only one, or "text").
             k: How many to print.
+            adapter: Name of the adapter to encode with, of a run that has several.
         """
-        return model, query, corpus, column, k
+        return model, query, corpus, column, k, adapter
 
-    name, query, path, column, k = tyro.cli(command, args=arguments, prog="embedjax search")
+    name, query, path, column, k, adapter = tyro.cli(command, args=arguments, prog="embedjax search")
     from embedjax import search as finder
     from embedjax.config import Mesh
     from embedjax.evaluate.progress import Display
-    from embedjax.load import load
+    from embedjax.load import adapted, load
     from embedjax.sharding import make_mesh
 
-    model, corpus = load(name), finder.open_corpus(path, column or None)
+    model, corpus = adapted(load(name), adapter), finder.open_corpus(path, column or None)
     with Display("encode the corpus") as progress:
         mesh = make_mesh(Mesh())
         hits = finder.search(model, corpus, query, k, mesh=mesh, cache=finder.cache_folder(), progress=progress)
     finder.show(hits)
+
+
+def mine(arguments: Sequence[str]) -> None:
+    """mine MODEL CORPUS PAIRS OUT"""
+    from embedjax.mine.arguments import parse
+
+    made = parse(arguments)
+    from embedjax import mine as miner
+    from embedjax.config import Mesh
+    from embedjax.evaluate.progress import Stages
+    from embedjax.load import load
+    from embedjax.sharding import make_mesh
+
+    mesh, scorer = make_mesh(Mesh()), ("the model", None) if made.scores else None
+    if made.teacher:
+        scorer = made.teacher, miner.teacher(load(made.teacher), mesh)
+    elif made.cross_encoder:
+        scorer = made.cross_encoder, miner.cross_encoder(made.cross_encoder)
+    with Stages() as progress:
+        found = miner.mine_file(
+            load(made.model), made.corpus, made.pairs, made.output, made.how,
+            corpus_columns=tuple(filter(None, made.corpus_columns.split(","))), pair_columns=made.pair_columns,
+            scorer=scorer, seed=made.seed, mesh=mesh, progress=progress,
+        )  # fmt: skip
+    print(f"{made.output}: {found.rows} rows, {found.left_out} pairs left out for too few negatives")
+    print(f"mean score of positives {found.positive:.3f}, of negatives {found.negative:.3f}")
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -235,6 +215,7 @@ def export(arguments: Sequence[str]) -> None:
         model: tyro.conf.Positional[str],
         folder: tyro.conf.Positional[str] = "",
         format: Literal["sentence-transformers", "hf"] = "sentence-transformers",
+        adapter: str = "",
         check: bool = False,
     ) -> tuple:
         """Writes a folder that others load, and compares it with the model; or checks a folder written before.
@@ -243,13 +224,15 @@ def export(arguments: Sequence[str]) -> None:
             model: The model; with --check the exported folder.
             folder: Where to write; must not exist or be empty.
             format: sentence-transformers: encoder, pooling and head, read by sentence-transformers, text-embeddings-inference
-                and vLLM; hf: the bare encoder.
+                and vLLM; hf: the bare encoder. Towers of queries and documents become FOLDER/query and FOLDER/document, of
+                which sentence-transformers' Router makes one model.
+            adapter: Name of the adapter to merge into the kernels, of a run that has several.
             check: Read an exported folder in every consumer that is installed and compare with the vectors it was
                 exported with.
         """
-        return model, folder, format, check
+        return model, folder, format, adapter, check
 
-    name, folder, format, check = tyro.cli(command, args=arguments, prog="embedjax export")
+    name, folder, format, adapter, check = tyro.cli(command, args=arguments, prog="embedjax export")
     if check:
         from embedjax.export import gate
 
@@ -263,7 +246,7 @@ def export(arguments: Sequence[str]) -> None:
     from embedjax.export import export as write
     from embedjax.load import load
 
-    difference = write(load(name), Path(folder), format)
+    difference = write(load(name), Path(folder), format, adapter=adapter)
     print(f"exported {folder} (largest difference {difference:.1e})")
 
 
@@ -320,21 +303,31 @@ def launch(arguments: Sequence[str]) -> None:
 
 
 def doctor(arguments: Sequence[str]) -> None:
-    """doctor [FOLDER ...]"""
+    """doctor [FOLDER ...] | doctor --data CONFIG"""
 
-    def command(folders: tyro.conf.Positional[tuple[str, ...]] = ("runs",)) -> tuple[str, ...]:
-        """Prints devices, versions, the allocator, and whether data and run folders can be used.
+    def command(folders: tyro.conf.Positional[tuple[str, ...]] = ("runs",), data: str = "", limit: int = 100_000) -> tuple:
+        """Prints devices, versions, the allocator, and whether data and run folders can be used; or what data are like.
 
         Args:
             folders: Folders to look at.
+            data: Config file whose data are looked at instead: lengths, cut texts, repeated and bad rows, texts both trained
+                and evaluated on, and three rows as the model meets them.
+            limit: At most so many rows of a set, evenly spaced.
         """
-        return folders
+        return folders, data, limit
 
-    folders = tyro.cli(command, args=arguments, prog="embedjax doctor")
-    from embedjax.doctor import report
+    folders, data, limit = tyro.cli(command, args=arguments, prog="embedjax doctor")
+    if data:
+        from embedjax.survey import survey
 
-    for what, finding, well in report([Path(folder) for folder in folders]):
-        print(f"{'ok  ' if well else 'look'}  {what:<22} {finding}", flush=True)
+        findings = survey(_config_of("doctor --data", [data])[0], limit=limit)
+    else:
+        from embedjax.doctor import report
+
+        findings = report([Path(folder) for folder in folders])
+    marks = {True: "ok  ", False: "look", None: "    "}
+    for what, finding, well in findings:
+        print(f"{marks[well]}  {what:<22} {finding}", flush=True)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -342,6 +335,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": evaluate,
     "encode": encode,
     "search": search,
+    "mine": mine,
     "export": export,
     "plan": plan,
     "launch": launch,

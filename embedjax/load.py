@@ -11,16 +11,15 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from embedjax import config as configs
-from embedjax.checkpoint import Checkpoints
-from embedjax.config import Tower, serialize
+from embedjax import saves
+from embedjax.config import ROLES, Static, Tower, serialize
 from embedjax.config.errors import ConfigError, StorageError
 from embedjax.data.text import Texts, load_tokenizer
-from embedjax.models import folders
+from embedjax.models import folders, layout, lora
+from embedjax.models.classifier import Head, read_heads
 from embedjax.models.embedder import Embedder, build_embedder
 from embedjax.models.families import family_of
 from embedjax.objective import combine
-
-MAIN_METRIC = {configs.Sts: "spearman", configs.Retrieval: "ndcg@10"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +27,8 @@ class Model:
     """A model ready to encode.
 
     `params` is `{"towers": {name: ...}}` on the host or on devices; `texts` turns strings into ids, a tower each, and
-    `tokenizers` are the folders of their files; `origin` says where it came from, `details` what is known of its training.
+    `tokenizers` are the folders of their files; `origin` says where it came from, `details` what is known of its training;
+    `heads` tell classes, each by the name of the set that trained it.
     """
 
     config: configs.Model
@@ -38,20 +38,26 @@ class Model:
     tokenizers: Mapping[str, Path]
     origin: str
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    heads: Mapping[str, Head] = dataclasses.field(default_factory=dict)
 
 
 def load(name: str | Path) -> Model:
-    """The model of a run folder (its newest save; RUN@best or RUN@500 for another), of an exported, sentence-transformers or
-    Hugging Face folder, or of a hub id. Raises ConfigError when it is none of these."""
+    """The model of a run folder (its newest save; RUN@best, RUN@500, ... as `saves` reads them), of an exported,
+    sentence-transformers or Hugging Face folder, or of a hub id. A Router, and a folder of two models `query` and `document`,
+    give two towers. Raises ConfigError when it is none of these."""
     if is_run(Path(name)):
         return _from_run(Path(name), "")
     run, _, which = str(name).rpartition("@")
     if run and is_run(Path(run)):
         return _from_run(Path(run), which)
     folder = folders.resolve(str(name))
-    tower = folders.read_tower(folder)
-    params = {"towers": {"text": folders.read_params(folder, tower)}}
-    return assemble(configs.Model({"text": tower}), params, {"text": make_texts(tower, folder)}, {"text": folder}, str(name))
+    routes = layout.routes(folder)
+    towers = {name: folders.read_tower(part) for name, part in (routes or {"text": folder}).items()}
+    params = {"towers": {name: folders.read_params(tower.init, tower) for name, tower in towers.items()}}
+    tokenizers = {name: Path(tower.tokenizer) for name, tower in towers.items()}
+    texts = {name: make_texts(tower, tokenizers[name]) for name, tower in towers.items()}
+    columns = {column: role for role, column in ROLES.items()} if routes else {}
+    return assemble(configs.Model(towers, columns), params, texts, tokenizers, str(name), heads=read_heads(folder))
 
 
 def assemble(
@@ -61,16 +67,41 @@ def assemble(
     tokenizers: Mapping[str, Path],
     origin: str,
     details: Mapping[str, Any] | None = None,
+    heads: Mapping[str, Head] | None = None,
 ) -> Model:
     """A Model from resolved towers, their parameters and what tokenizes for them."""
     embedders = {name: build_embedder(tower) for name, tower in model.towers.items()}
-    return Model(model, embedders, {"towers": params["towers"]}, texts, tokenizers, origin, details or {})
+    return Model(model, embedders, {"towers": params["towers"]}, texts, tokenizers, origin, details or {}, heads or {})
+
+
+def adapted(model: Model, name: str = "") -> Model:
+    """The model with one adapter in its kernels and no other left; without adapters simply the model.
+
+    The name may be left out where there is one adapter or one is called "default". Raises ConfigError for one it has not.
+    """
+    towers = model.config.towers
+    if name and not any(tower.lora for tower in towers.values()):
+        raise ConfigError(f"{model.origin} has no adapters; it was asked for {name!r}")
+    plain, params = dict(towers), dict(model.params["towers"])
+    for key, tower in towers.items():
+        if tower.lora:
+            plain[key] = dataclasses.replace(tower, lora={})
+            params[key] = plain_params(model, key, name)
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, towers=plain), params={"towers": params})
+
+
+def plain_params(model: Model, tower: str, adapter: str = "") -> dict[str, Any]:
+    """The parameters of one tower with one adapter in its kernels and no other left. Raises ConfigError as `adapted` does."""
+    adapters = model.config.towers[tower].lora
+    return lora.merged(model.params["towers"][tower], adapters, lora.chosen(adapters, adapter))
 
 
 def make_texts(tower: Tower, tokenizer: Path) -> Texts:
     """What turns strings into the inputs of a resolved tower. Raises ConfigError when the tokenizer outgrows its table."""
     loaded = load_tokenizer(tokenizer)
     assert tower.arch is not None and tower.max_length is not None
+    if isinstance(tower.arch, Static):
+        loaded.post_processor = None  # which puts the special tokens around a text
     size = loaded.get_vocab_size()
     if size > tower.arch.vocab_size:
         raise ConfigError(f"{tokenizer}: the tokenizer has {size} tokens; the tower's vocab_size is {tower.arch.vocab_size}")
@@ -94,14 +125,29 @@ def resolve_tower(tower: Tower, known: Tower | None = None) -> Tower:
     elif tower.init:
         base = folders.read_tower(folders.resolve(tower.init))
     else:
-        base = Tower(arch=tower.arch, pooling="mean", dense=(), normalize=True, max_length=128, prompts={}, include_prompt=True)
+        base = Tower(
+            arch=tower.arch,
+            pooling="mean",
+            dense=(),
+            normalize=True,
+            similarity="cosine",
+            max_length=128,
+            prompts={},
+            include_prompt=True,
+        )
     given = {f.name: getattr(tower, f.name) for f in dataclasses.fields(tower)}
     named = {"init", "tokenizer", "compute", "remat", "layers", "lowercase"}
     chosen = {key: value for key, value in given.items() if key in named or value is not None}
+    if not tower.tokenizer and base.tokenizer != base.init:
+        chosen["tokenizer"] = base.tokenizer  # it is beside the encoder, which is not at the top of every folder
+    if tower.similarity == "dot":
+        chosen.setdefault("normalize", False)  # or the product would be a cosine again
     resolved = dataclasses.replace(base, **chosen)
     assert resolved.arch is not None and resolved.max_length is not None
     if resolved.max_length > (most := family_of(resolved.arch).longest(resolved.arch)):
         raise ConfigError(f"max_length {resolved.max_length} is above the {most} tokens the architecture has positions for")
+    if isinstance(resolved.arch, Static) and (resolved.pooling, resolved.include_prompt) != ("mean", True):
+        raise ConfigError("a static tower is the mean over all tokens; leave `pooling` and `include_prompt` as they are")
     if resolved.default_prompt and resolved.default_prompt not in (resolved.prompts or {}):
         raise ConfigError(
             f"default_prompt {resolved.default_prompt!r} is not among the prompts {sorted(resolved.prompts or {})}"
@@ -126,22 +172,29 @@ def tokenizer_folders(run: Path, model: configs.Model) -> dict[str, Path]:
 def best_metric(config: configs.Config) -> str | None:
     """The metric that chooses the best save: the config's, else the main one of the first task."""
     tasks = config.evaluate.tasks
-    return config.evaluate.best or (f"{tasks[0].name}/{MAIN_METRIC[type(tasks[0])]}" if tasks else None)
+    return config.evaluate.best or (tasks[0].main_metric if tasks else None)
 
 
 def _from_run(path: Path, which: str) -> Model:
     config = serialize.read(path / "config.json")
-    if which not in ("", "best") and not which.isdecimal():
-        raise ConfigError(f"{path}@{which}: after @ comes a step or 'best'")
-    with Checkpoints(path / "checkpoints", best=best_metric(config) if which == "best" else None) as checkpoints:
-        if which == "best" and checkpoints.best() is None:
-            raise ConfigError(f"{path}@best: no save has the metric {best_metric(config)!r}")
-        params, step = checkpoints.params_only(int(which) if which.isdecimal() else None)
+    params, step = saves.read(path, which, best_metric(config))
     params = combine(params, read_constants(path))
     tokenizers = tokenizer_folders(path, config.model)
     texts = {name: make_texts(tower, tokenizers[name]) for name, tower in config.model.towers.items()}
     details = {"config": config, "step": step, "run": str(path)}
-    return assemble(config.model, params, texts, tokenizers, str(path), details)
+    return assemble(config.model, params, texts, tokenizers, str(path), details, heads_of(config, params))
+
+
+def heads_of(config: configs.Config, params: Mapping) -> dict[str, Head]:
+    """The class heads among a run's parameters, by set."""
+    heads = {}
+    for task in config.data.tasks:
+        for loss in task.loss.losses if isinstance(task.loss, configs.Sum) else (task.loss,):
+            if isinstance(loss, configs.ClassHead):
+                kernel, bias = (np.asarray(params["loss"][task.name][leaf]) for leaf in ("kernel", "bias"))
+                labels = task.labels or tuple(map(str, range(len(bias))))
+                heads[task.name] = Head(labels, isinstance(loss, configs.ClassifyPair), loss.criterion, kernel, bias)
+    return heads
 
 
 def write_constants(run: Path, constants: Mapping) -> None:

@@ -19,11 +19,13 @@ from embedjax.config.errors import Saved
 from embedjax.data.sources import manifest
 from embedjax.evaluate import report, tasks
 from embedjax.export import export
-from embedjax.load import Model, assemble, best_metric, read_constants, tokenizer_folders, write_constants
+from embedjax.load import Model, assemble, best_metric, heads_of, read_constants, tokenizer_folders, write_constants
 from embedjax.metrics.pace import peak_flops
 from embedjax.metrics.progress import Progress, Status
 from embedjax.metrics.writers import Writer
+from embedjax.mine import mining_due, renew
 from embedjax.objective import combine
+from embedjax.step import weights
 from embedjax.watchdog import Watchdog
 
 
@@ -62,7 +64,8 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
             run = build.build(config, folder)
             prepared = tasks.prepare(config.evaluate.tasks)
             if first:
-                data = [row for source in run.sources.values() for row in manifest(source)]
+                corpora = [mined.source for mined in run.mined.values() if mined.source]
+                data = [row for source in (*run.sources.values(), *corpora) for row in manifest(source)]
                 runs.refuse_other_data(folder, data)
                 runs.write_facts(folder, config, data, sys.argv)
         saves = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep, best=best_metric(config), limit=patience)
@@ -70,9 +73,10 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
         status.line(build.summary(run))
 
         def model(step: int, place: Callable = lambda params: params) -> Model:
-            params = place(combine(state.params, constants))
+            params = place(combine(weights(state), constants))
             details = {"config": config, "step": step, "run": str(folder)}
-            return assemble(config.model, params, run.texts, tokenizer_folders(folder, config.model), str(folder), details)
+            tokenizers, heads = tokenizer_folders(folder, config.model), heads_of(config, params)
+            return assemble(config.model, params, run.texts, tokenizers, str(folder), details, heads)
 
         def evaluate(step: int) -> Mapping[str, float]:
             scores = tasks.evaluate(model(step), prepared, mesh=run.mesh)
@@ -82,6 +86,11 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
             if scores:
                 status.line(f"step {step}: " + "  ".join(f"{key} {value:.4f}" for key, value in scores.items()))
             return scores
+
+        def mine(step: int) -> None:
+            make = functools.partial(model, step)
+            for line in renew(run.mined, make, step, seed=config.seed, mesh=run.mesh, patience=patience):
+                status.line(line)
 
         def due(step: int) -> bool:
             return step == config.steps or bool(config.evaluate.every) and step % config.evaluate.every == 0
@@ -104,9 +113,12 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
             writer = ended.enter_context(closing(Writer(folder, config.writers, start, config.name))) if first else None
         evaluated = runs.evaluations(folder)
         if due(start) if resumed else config.evaluate.baseline:
-            wanted = {task.name for task in config.evaluate.tasks}
+            wanted = {label for task in config.evaluate.tasks for label in task.labels}
             if not any(row["step"] == start and wanted == {key.split("/")[0] for key in row} - {"step"} for row in evaluated):
                 evaluate(start)
+
+        if start < config.steps:
+            mine(start)
 
         # ---- the loop: a step is dispatched before the metrics of the one before it are read
         progress = Progress(
@@ -134,13 +146,15 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
                 if pending:
                     progress.read(*pending)
             pending = (n, shape, build.step_flops(run, columns), found)
-            if stop or due(n) or n % config.checkpoint.every == 0:
+            if stop or due(n) or n % config.checkpoint.every == 0 or mining_due(run.mined, n):
                 ballot.settle()
                 progress.read(*pending)
                 pending = None
                 # Asked to stop there may be seconds left: what is due is evaluated when the run goes on.
                 scores = evaluate(n) if due(n) and not stop else {}
                 checkpoints.save(n, state, position=n, config=serialize.to_json(config), metrics=scores)
+                if n < config.steps and not stop:
+                    mine(n)
                 progress.pace.restart()
             if stop:
                 checkpoints.wait()
@@ -162,8 +176,9 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
                 if first:
                     texts = [text for row in run.batches.decoded(0, 64) for text, _ in row.values()]
                     difference = export(
-                        final, exported, config.export.format, texts=texts, scores=scores, replace=True, title=config.name
-                    )
+                        final, exported, config.export.format, texts=texts, scores=scores, replace=True, title=config.name,
+                        adapter=config.export.adapter,
+                    )  # fmt: skip
                     status.line(f"exported {_shown(exported)} (parity: largest difference {difference:.0e})")
         with distributed.together("the report", patience):
             if first and config.evaluate.baseline:

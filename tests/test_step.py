@@ -43,7 +43,7 @@ def task(**loss):
 
 def start(which, **options):
     params = {"towers": {"text": INIT(jax.random.key(0))}}
-    if found := objective.loss_params(which):
+    if found := objective.loss_params(which, MODEL, EMBEDDERS, jax.random.key(1)):
         params["loss"] = found
     trained, constants = optim.partition(params, options.pop("freeze", ()))
     tx, schedule = optim.make(config.Optim(learning_rate=1e-2, warmup=0, schedule="constant", **options), 100, trained)
@@ -72,7 +72,7 @@ def plain():
     return run(task(), batch())
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(2, 1), (2, 2), (1, 4), (4, 2)])
+@pytest.mark.parametrize(("data", "fsdp"), [(2, 2), (4, 2)])
 def test_same_step_on_every_mesh_with_dropout(plain, data, fsdp):
     mesh = sharding.make_mesh(config.Mesh(data, fsdp), jax.devices()[: data * fsdp])
     state, metrics, _ = run(task(), batch(), mesh=mesh)

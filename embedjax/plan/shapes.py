@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from embedjax.config import Config, Set
+from embedjax.config import Config, Set, Tower
 from embedjax.data.batches import Abstract
-from embedjax.data.columns import NUMBERS, tower_column
+from embedjax.data.columns import is_text, tower_column
 from embedjax.data.order import make_table
 
 TEXTS = ("anchor", "positive", "negative")
@@ -18,14 +18,14 @@ def shapes(config: Config) -> list[tuple[str, dict[str, Any]]]:
     `config` is resolved: towers without None.
     """
     return [
-        (task.name, _columns(config, task, lengths)) for task in config.data.sets for lengths in make_table(_buckets(config))
+        (task.name, _columns(config, task, lengths)) for task in config.data.tasks for lengths in make_table(_buckets(config))
     ]
 
 
 def _buckets(config: Config) -> tuple[tuple[int, int], ...]:
     if config.data.buckets:
         return config.data.buckets
-    used = {tower_column(name) for task in config.data.sets for name in task.columns if name not in NUMBERS}
+    used = {tower_column(name) for task in config.data.sets for name in task.names if is_text(name)}
     longest = {name: config.model.towers[config.model.tower_of(name)].max_length or 0 for name in used}
     anchor = longest.pop("anchor")
     return ((anchor, min(longest.values(), default=anchor)),)
@@ -35,7 +35,7 @@ def _columns(config: Config, task: Set, lengths: tuple[int, int]) -> dict[str, A
     rows = config.data.batch_size
     columns: dict[str, Any] = {"hash": {}, "row": Abstract((rows,), np.dtype(np.int32))}
     for name in TEXTS:
-        count = sum(tower_column(column) == name for column in task.columns if column not in NUMBERS)
+        count = sum(tower_column(column) == name for column in task.names if is_text(column))
         if not count:
             continue
         tower = config.model.towers[config.model.tower_of(name)]
@@ -44,7 +44,23 @@ def _columns(config: Config, task: Set, lengths: tuple[int, int]) -> dict[str, A
         columns[name] = {"ids": Abstract(shape, np.dtype(np.int32)), "mask": Abstract(shape, np.dtype(bool))}
         if tower.include_prompt is False and (tower.prompts or {}).get(tower.prompt_for(name) or ""):
             columns[name]["pool"] = Abstract(shape, np.dtype(bool))
+        if getattr(task.loss, "words", False):
+            columns[name]["word"] = Abstract(shape, np.dtype(np.int32))
         columns["hash"][name] = Abstract((*front, 2), np.dtype(np.uint32))
-    for name in NUMBERS.keys() & task.columns.keys():
-        columns[NUMBERS[name]] = Abstract((rows,), np.dtype(np.int32 if name == "label" else np.float32))
-    return columns
+    return columns | _numbers(task, rows, config.model.towers[config.model.tower_of("anchor")])
+
+
+def _numbers(task: Set, rows: int, tower: Tower) -> dict[str, Any]:
+    """What the data alone know is taken for what it mostly is: vectors of the tower's own width, lists of labels where the
+    loss is for several."""
+    found = {}
+    if count := sum(name.startswith("score") for name in task.columns):
+        found["scores"] = Abstract((rows,) if count == 1 else (rows, count), np.dtype(np.float32))
+    if "label" in task.columns:
+        several = getattr(task.loss, "several_labels", False)
+        found["labels"] = (
+            Abstract((rows, len(task.labels)), np.dtype(np.float32)) if several else Abstract((rows,), np.dtype(np.int32))
+        )
+    if "vector" in task.columns:
+        found["vectors"] = Abstract((rows, tower.width), np.dtype(np.float32))
+    return found

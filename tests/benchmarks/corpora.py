@@ -119,6 +119,25 @@ def newsgroups() -> list[tuple[str, str]]:
         return [(text.partition("\n\n")[2], group) for text, group in messages if text.partition("\n\n")[2].strip()]
 
 
+def tatoeba(language: str) -> list[tuple[str, str]]:
+    """A sentence of a language (deu, fra, ...) and its English translation."""
+    with tarfile.open(folder("tatoeba") / "tatoeba_14langs.tar.gz") as archive:
+        files = (archive.extractfile(f"tatoeba.{language}-eng.{side}") for side in (language, "eng"))
+        return list(zip(*(file.read().decode().splitlines() for file in files if file), strict=True))
+
+
+def sts(year: int) -> dict[str, list[tuple[str, str, float]]]:
+    """The scored test pairs of SemEval's STS of 2012 to 2016, by their origin: two sentences and a score from 0 to 5."""
+    found = {}
+    with tarfile.open(folder("sts12_16") / "sts12_16.tar.gz") as archive:
+        for name in sorted(name for name in archive.getnames() if re.fullmatch(rf"{year}/[^/]+\.test\.tsv", name)):
+            file = archive.extractfile(name)
+            rows = [line.split("\t") for line in (file.read().decode().splitlines() if file else ())]
+            scored = [(row[1], row[2], float(row[0])) for row in rows if row[0].strip()]
+            found[name.split("/")[1].removesuffix(".test.tsv")] = scored
+    return found
+
+
 def conala() -> list[tuple[str, str]]:
     """A question and the Python snippet that answers it."""
     rows = json.loads(_text(folder("conala") / "train.json.gz"))

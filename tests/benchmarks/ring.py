@@ -27,11 +27,12 @@ def measured(size: int, criterion: str, width: int, tile: int) -> tuple[float, f
     loss = kind(form="ring", tile=tile, mask_duplicates=False, **chosen)
     arch = config.Bert(width=width, depth=1, heads=1)
     task = config.Set(columns={"anchor": "a", "positive": "b"}, loss=loss)
-    made = objective.make(task, config.Model({"text": config.Tower(arch=arch)}), {"text": Embedder(arch)}, mesh)
-    params = {"loss": objective.loss_params(task)}
+    model, embedders = config.Model({"text": config.Tower(arch=arch)}), {"text": Embedder(arch)}
+    made = objective.make(task, model, embedders, mesh)
+    params = {"loss": objective.loss_params(task, model, embedders, jax.random.key(0))}
 
     def value(anchor, positive):
-        return made.loss(params, {"anchor": anchor, "positive": positive[:, None]}, (None, None))[0]
+        return made.loss(params, {"anchor": anchor, "positive": positive[:, None]}, (None, None), None)[0]
 
     vectors = jax.ShapeDtypeStruct((size, width), jnp.float32, sharding=sharding.rows(mesh))
     start = time.perf_counter()
