@@ -91,7 +91,7 @@ def _check_towers(config: Config) -> None:
             f"the towers' vectors are compared with each other, but have {widths} numbers; end the wider tower in a "
             'Dense(..., activation="identity")'
         )
-    _ = model.similarity
+    _ = model.similarity  # raises where towers differ
     if config.export.format != "none":
         check_format(model, config.export.format)
 

@@ -109,7 +109,6 @@ CHOSEN = {
     ("pair", "cached", 2),
     ("several labels", "plain", 8),
     ("masked words", "accumulated", 2),
-    ("denoising", "accumulated", 2),
     ("contrastive", "cached", 4),
 }
 

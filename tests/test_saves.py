@@ -96,6 +96,7 @@ def every_array(folder, step):
         )
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_and_an_average_goes_on_to_the_bit_and_is_read_in_all_ways(tiny_config, tmp_path, monkeypatch):
     original = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", lambda mesh, devices=None: original(mesh, devices or jax.devices()[:1]))

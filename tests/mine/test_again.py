@@ -50,6 +50,7 @@ def losses(folder):
     return [row["loss"] for row in read_rows(folder / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 def test_a_run_mines_when_due_and_resumes_exactly(config, tmp_path, monkeypatch, capsys):
     whole = train(config, tmp_path / "whole").folder
     mined = {path.name: np.load(path) for path in (whole / "mined").iterdir()}
