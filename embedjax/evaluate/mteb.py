@@ -56,7 +56,7 @@ class MtebEncoder:
     @cached_property
     def mteb_model_meta(self) -> Any:
         """Where mteb keeps results: under the model's name, and a revision that changes with its weights."""
-        from mteb.models import ModelMeta  # pyright: ignore[reportMissingImports]
+        from mteb.models.model_meta import ModelMeta, ScoringFunction  # pyright: ignore[reportMissingImports]
 
         towers = [self.model.config.towers[name] for name in self.model.config.encoders]
         size = sum(leaf.size for leaf in jax.tree.leaves(self.model.params["towers"]))
@@ -76,7 +76,7 @@ class MtebEncoder:
             public_training_code=None,
             public_training_data=None,
             framework=["JAX"],
-            similarity_fn_name=self.model.config.similarity,
+            similarity_fn_name=ScoringFunction(self.model.config.similarity),
             use_instructions=any(tower.prompts for tower in towers),
             training_datasets=None,
         )
