@@ -64,9 +64,6 @@ def resolve(config: Config, known: Config | None = None) -> Config:
         raise ConfigError("model.towers is empty; name at least one tower")
     if not config.data.sets:
         raise ConfigError("data.sets is empty; name at least one data set")
-    for column, name in config.model.columns.items():
-        if name not in config.model.towers:
-            raise ConfigError(f"model.columns gives {column!r} to tower {name!r}; {nearest(name, config.model.towers)}")
     stored = known.model.towers if known else {}
     towers = {name: resolve_tower(tower, stored.get(name)) for name, tower in config.model.towers.items()}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, towers=towers))
@@ -79,8 +76,12 @@ def resolve(config: Config, known: Config | None = None) -> Config:
 
 
 def _check_towers(config: Config) -> None:
-    """What the towers of one model must agree in."""
+    """What the towers of one model must agree in, and that each has something to do."""
     model = config.model
+    losses = [loss for task in config.data.sets for loss in (task.loss, *getattr(task.loss, "losses", ()))]
+    guides = {getattr(loss, field, "") for loss in losses for field in ("guide", "teacher")}
+    if idle := sorted(model.towers.keys() - {*model.encoders} - guides):
+        raise ConfigError(f"tower {idle[0]!r} encodes no column, nor does it guide or teach; give it one in model.columns")
     if "negative" in model.columns and (other := model.tower_of("positive")) != model.columns["negative"]:
         raise ConfigError(
             f"model.columns gives negatives to tower {model.columns['negative']!r}; they go where positives do, to {other!r}"

@@ -5,7 +5,7 @@ import math
 import re
 from typing import Literal
 
-from embedjax.config.errors import ConfigError
+from embedjax.config.errors import ConfigError, nearest
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 PoolingName = Literal["mean", "cls", "max", "weightedmean", "lasttoken"]
@@ -14,6 +14,9 @@ Similarity = Literal["cosine", "dot"]
 
 ROLES = {"query": "anchor", "document": "positive"}
 """The two sides of a search, and the column that trains the tower of each."""
+
+TEXTS = ("anchor", "positive", "negative")
+"""The columns of texts; negative stands for negative_2, ... too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,6 +273,16 @@ class Model:
     """Tower of each column, such as {"anchor": "query", "positive": "document"}, whose tower encodes negatives too; with one
     tower that encodes every column is its."""
 
+    def __post_init__(self):
+        for name in self.towers:
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ConfigError(f"the tower {name!r} needs a name of letters, digits, '_', '.' and '-'")
+        for column, name in self.columns.items():
+            if column not in TEXTS:
+                raise ConfigError(f"model.columns has no column {column!r}; {nearest(column, TEXTS)}")
+            if name not in self.towers:
+                raise ConfigError(f"model.columns gives {column!r} to tower {name!r}; {nearest(name, self.towers)}")
+
     @property
     def encoders(self) -> tuple[str, ...]:
         """The towers that encode a column: all but those that only guide a loss."""
@@ -277,17 +290,10 @@ class Model:
 
     @property
     def routes(self) -> dict[str, str]:
-        """The towers of the finished model: {"text": name} for one, else {"query": name, "document": name}. Raises ConfigError
-        for other towers than those of anchors and positives."""
+        """The towers of the finished model: {"text": name} for one, else {"query": name, "document": name}."""
         if len(self.encoders) == 1:
             return {"text": self.encoders[0]}
-        routes = {role: self.tower_of(role) for role in ROLES}
-        if odd := sorted(set(self.encoders) - set(routes.values())):
-            raise ConfigError(
-                f"model.columns gives columns to {list(self.encoders)}; a model that is written has one tower, or one of "
-                f"anchors and one of positives, not {odd[0]!r} too"
-            )
-        return routes
+        return {role: self.tower_of(role) for role in ROLES}
 
     @property
     def similarity(self) -> Similarity:

@@ -53,12 +53,31 @@ def test_what_is_left_open_is_resolved():
 
 
 @pytest.mark.parametrize(
+    ("towers", "columns", "told"),
+    [
+        (("text",), {"anchr": "text"}, "model.columns has no column 'anchr'; did you mean 'anchor'"),
+        (("a", "b"), {"query": "a", "positive": "b"}, "has no column 'query'; known: anchor, negative, positive"),
+        (("a", "b"), {"anchor": "a", "positive": "c"}, "gives 'positive' to tower 'c'"),
+        (("a/b",), {}, "tower 'a/b' needs a name of letters"),
+    ],
+)
+def test_names_that_mean_nothing_are_refused(towers, columns, told):
+    with pytest.raises(ConfigError, match=told):
+        c.Model(dict.fromkeys(towers, TOWER), columns)
+
+
+@pytest.mark.parametrize(
     ("towers", "columns", "export", "told"),
     [
         ({"query": TOWER, "document": DOT}, COLUMNS, "none", "similarities differ"),
         ({"query": TOWER, "document": WIDE}, COLUMNS, "none", "have {'document': 32, 'query': 16} numbers"),
         ({"a": TOWER, "b": TOWER}, {"anchor": "a", "positive": "a", "negative": "b"}, "none", "negatives to tower 'b'"),
-        ({"a": TOWER, "b": TOWER}, {"anchor": "a", "positive": "a", "title": "b"}, "hf", "not 'b' too"),
+        (
+            {"query": TOWER, "document": TOWER},
+            {"anchor": "query"},
+            "none",
+            "tower 'document' encodes no column",
+        ),
         ({"query": STATIC, "document": TOWER}, COLUMNS, "hf", "'query' is a static table"),
         ({"text": dataclasses.replace(STATIC, pooling="cls")}, {}, "none", "mean over all tokens"),
         ({"text": dataclasses.replace(STATIC, include_prompt=False)}, {}, "none", "mean over all tokens"),
