@@ -12,6 +12,8 @@ import tyro
 from embedjax import supervise
 from embedjax.config import Bert, Config, Data, Evaluate, Model, Retrieval, Set, Tower
 from embedjax.config.errors import CheckFailed, ConfigError
+from embedjax.config.overrides import one_line, parse
+from embedjax.config.run import run_folder
 
 # What `train --help` without a config file shows the fields of.
 EXAMPLE = Config(model=Model({"text": Tower(arch=Bert())}), data=Data(sets=(Set(),)), evaluate=Evaluate(tasks=(Retrieval(),)))
@@ -22,8 +24,8 @@ class Train:
     """Trains an experiment, or goes on with the one in its run folder."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
-    run_dir: Path | None = None
-    """Run folder (default runs/NAME)."""
+    run_dir: str = ""
+    """Run folder, on a file system (default runs/NAME)."""
     fresh: bool = False
     """Move an old run in the folder aside and start anew."""
     dry_run: bool = False
@@ -35,9 +37,8 @@ class Train:
 def train(arguments: Sequence[str]) -> None:
     """train CONFIG [options]"""
     config, rest, shown = _config_of("train", arguments)
-    options = tyro.cli(
-        Train, default=Train(config), args=rest, prog=f"embedjax train {shown}", config=(tyro.conf.AvoidSubcommands,)
-    )
+    options = parse(Train, rest, prog=f"embedjax train {shown}", default=Train(config))
+    folder = run_folder(options.run_dir) if options.run_dir else None
     if options.dry_run:
         from embedjax.preview import preview
 
@@ -50,7 +51,7 @@ def train(arguments: Sequence[str]) -> None:
     _let_the_first_speak()
     from embedjax.train import train as run  # not before: importing it touches the devices
 
-    run(options.config, options.run_dir, fresh=options.fresh, profile=_steps(options.profile))
+    run(options.config, folder, fresh=options.fresh, profile=_steps(options.profile))
 
 
 def _config_of(command: str, arguments: Sequence[str]) -> tuple[Config, list[str], str]:
@@ -87,9 +88,10 @@ def _steps(text: str) -> range | None:
 
 def evaluate(arguments: Sequence[str]) -> None:
     """evaluate MODEL --task TASK --data FILE"""
-    from embedjax.evaluate.arguments import parse
+    from embedjax.evaluate import arguments as reading
 
-    name, task = parse(arguments)
+    with one_line():
+        name, task = reading.parse(arguments)
     from embedjax.config import Mesh
     from embedjax.evaluate import tasks
     from embedjax.load import load
@@ -124,7 +126,7 @@ def encode(arguments: Sequence[str]) -> None:
         """
         return model, input, output, column, kind, task
 
-    name, source, output, column, kind, task = tyro.cli(command, args=arguments, prog="embedjax encode")
+    name, source, output, column, kind, task = parse(command, arguments, prog="embedjax encode")
     from embedjax.config import Mesh
     from embedjax.evaluate.files import encode_file
     from embedjax.evaluate.progress import Display
@@ -168,7 +170,7 @@ def search(arguments: Sequence[str]) -> None:
         """
         return model, query, corpus, column, k, adapter
 
-    name, query, path, column, k, adapter = tyro.cli(command, args=arguments, prog="embedjax search")
+    name, query, path, column, k, adapter = parse(command, arguments, prog="embedjax search")
     from embedjax import search as finder
     from embedjax.config import Mesh
     from embedjax.evaluate.progress import Display
@@ -184,9 +186,10 @@ def search(arguments: Sequence[str]) -> None:
 
 def mine(arguments: Sequence[str]) -> None:
     """mine MODEL CORPUS PAIRS OUT"""
-    from embedjax.mine.arguments import parse
+    from embedjax.mine import arguments as reading
 
-    made = parse(arguments)
+    with one_line():
+        made = reading.parse(arguments)
     from embedjax import mine as miner
     from embedjax.config import Mesh
     from embedjax.evaluate.progress import Stages
@@ -232,7 +235,7 @@ def export(arguments: Sequence[str]) -> None:
         """
         return model, folder, format, adapter, check
 
-    name, folder, format, adapter, check = tyro.cli(command, args=arguments, prog="embedjax export")
+    name, folder, format, adapter, check = parse(command, arguments, prog="embedjax export")
     if check:
         from embedjax.export import gate
 
@@ -272,9 +275,7 @@ def plan(arguments: Sequence[str]) -> None:
     import json
 
     config, rest, shown = _config_of("plan", arguments)
-    options = tyro.cli(
-        Plan, default=Plan(config), args=rest, prog=f"embedjax plan {shown}", config=(tyro.conf.AvoidSubcommands,)
-    )
+    options = parse(Plan, rest, prog=f"embedjax plan {shown}", default=Plan(config))
     from embedjax.plan import ahead, table
 
     say = lambda line: print(line, file=sys.stderr, flush=True)
@@ -316,7 +317,7 @@ def doctor(arguments: Sequence[str]) -> None:
         """
         return folders, data, limit
 
-    folders, data, limit = tyro.cli(command, args=arguments, prog="embedjax doctor")
+    folders, data, limit = parse(command, arguments, prog="embedjax doctor")
     if data:
         from embedjax.survey import survey
 
