@@ -236,7 +236,8 @@ class Tower:
     lora: dict[str, Lora] = dataclasses.field(default_factory=dict)
     """Adapters by name, such as one a task. With any, the encoder itself is not trained."""
     freeze_layers: int = 0
-    """With n, the token, position and type tables and the first n layers are not trained; 0 for none of them."""
+    """With n, the tables (of tokens, positions, types and relative positions) and the first n layers are not trained, and have
+    no backward pass; with all layers the whole encoder. 0 for none of them."""
 
     def __post_init__(self):
         for name in self.lora:

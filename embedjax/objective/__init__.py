@@ -46,7 +46,7 @@ from embedjax.objective.inbatch import first_scale, in_batch
 from embedjax.objective.kinds import Builder, Objective, bound, combine
 from embedjax.objective.pairwise import pair
 from embedjax.objective.tokens import denoising, denoising_head, masked_language, masked_language_head, resolve
-from embedjax.objective.towers import plain
+from embedjax.objective.towers import held, plain
 from embedjax.objective.wrapped import members, summed, wrapped
 
 __all__ = ["HEADS", "OBJECTIVES", "Objective", "bound", "combine", "loss_params", "make", "resolve"]
@@ -90,7 +90,7 @@ def make(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: Mesh)
     teacher that do not fit."""
     if isinstance(task.loss, Pooled):
         require(task, task.loss.needs, task.loss.takes)
-    return plain(_made(task, model, embedders, mesh), task, model)
+    return plain(_made(task, model, held(embedders, model), mesh), task, model)
 
 
 def _made(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: Mesh) -> Objective:

@@ -1,8 +1,8 @@
 """The text architectures, by the name Hugging Face knows them by.
 
-Each is a module with the same names: `Tower`, made as Tower(arch, compute=..., remat=..., layers=...); `names`, its table of
-names, and `sizes(arch)`, the axis letters it speaks of; `longest(arch)`, the most tokens a text may have; `from_hf(config)` and
-`to_hf(arch)`, config.json -> architecture and back, which a static table has not.
+Each is a module with the same names: `Tower`, made as Tower(arch, compute=..., remat=..., layers=..., still=...); `names`, its
+table of names, and `sizes(arch)`, the axis letters it speaks of; `longest(arch)`, the most tokens a text may have;
+`from_hf(config)` and `to_hf(arch)`, config.json -> architecture and back, which a static table has not.
 """
 
 from types import ModuleType
