@@ -71,6 +71,7 @@ def resolve(config: Config, known: Config | None = None) -> Config:
     sets = tuple(objective.resolve(task, config.model, known_sets.get(task.name)) for task in config.data.sets)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sets=sets))
     _check_towers(config)
+    objective.first_values(config.data.tasks, config.model)  # raises where sets differ
     _check_adapters(config)
     return config
 

@@ -48,6 +48,8 @@ class Set:
             )
         if len(set(self.labels)) < len(self.labels) or "" in self.labels:
             raise ConfigError(f"set {self.name!r}: labels must differ and not be empty; they are {self.labels}")
+        if self.name in ("scale", "bias") or "/" in self.name:
+            raise ConfigError(f'a set is named {self.name!r}; "scale", "bias" and names with "/" mean parameters of losses')
         if not 0 < self.weight < math.inf:
             raise ConfigError(f"set {self.name!r}: weight is {self.weight}; it must be above 0 and finite")
 
