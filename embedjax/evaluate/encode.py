@@ -78,7 +78,7 @@ class Encoder:
         tokens_per_batch: int | None = None,
     ):
         tower = model.config.tower_of(column)
-        prompt, adapter = _asked(model.config.towers[tower], column, prompt, task)
+        prompt, adapter = asked(model.config.towers[tower], column, prompt, task)
         params = plain_params(model, tower, adapter)
         self.texts, self.prompt, self.mesh = model.texts[tower], prompt, mesh or mesh_of(params)
         assert self.texts.pad_side == "right", "batches are cut from the left end of a block"
@@ -134,8 +134,9 @@ class Encoder:
         return {name: jax.make_array_from_callback(x.shape, rows, lambda at, x=x: x[at]) for name, x in columns.items()}
 
 
-def _asked(tower: config.Tower, column: str, prompt: str | None, task: str | None) -> tuple[str | None, str]:
-    """The names of the prompt (None for the default) and of the adapter (empty for the default) that are asked for."""
+def asked(tower: config.Tower, column: str, prompt: str | None, task: str | None) -> tuple[str | None, str]:
+    """The names of the prompt (None for the default) and of the adapter (empty for the default) that are asked for. Raises
+    ConfigError for a task that the tower does not know."""
     prompts = tower.prompts or {}
     if prompt is None and column in config.ROLES:
         prompt = tower.prompt_for(column)
