@@ -14,6 +14,9 @@ class File:
     """auto goes by the file name's ending."""
     names: tuple[str, ...] = ()
     """Column names of a TSV or CSV file without a header row."""
+    quotes: bool | None = None
+    """Whether fields of a TSV or CSV file may stand in quotes, which then are no part of the text and may hold tabs, commas and
+    newlines; None for CSV yes, TSV no. True reads a TSV that a spreadsheet, pandas or Python's csv has written with quotes."""
 
 
 @dataclasses.dataclass(frozen=True)
