@@ -112,7 +112,6 @@ class Data:
                 ("loss", first.loss, other.loss),
                 ("labels", first.labels, other.labels),
                 ("adapter", first.adapter, other.adapter),
-                ("adapter", first.adapter, other.adapter),
             ):
                 if a != b:
                     raise ConfigError(

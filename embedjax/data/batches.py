@@ -165,13 +165,16 @@ class Batches:
             return 1 - self._tokens / self._cells if self._cells else 0.0
 
     def decoded(self, step: int = 0, rows: int = 3) -> list[dict[str, tuple[str, str]]]:
-        """Column of the source -> (raw text, its tokens as the model meets them), of this process' first rows of a step."""
+        """Column of the source -> (raw text, its tokens as the model meets them), of this process' first rows of a step. Where
+        the sets of mixed rows have some columns in the source and others mine them, each row has those of its own."""
         draw = self.order.at(step)
         lengths = self.table[draw.bucket]
+        part = slice(self._mine.start, min(self._mine.start + rows, self._mine.stop))
+        sets = [draw.set] * (part.stop - part.start) if draw.sets is None else draw.sets[part]
         result = []
-        for values in self._values(None, draw, slice(self._mine.start, min(self._mine.start + rows, self._mine.stop))):
+        for at, values in zip(sets, self._values(None, draw, part), strict=True):
             shown = {}
-            for name in self.layouts[draw.set].texts:
+            for name in self.layouts[int(at)].texts:
                 tower, text = tower_column(name), str(values[name])
                 length = lengths[0] if name == "anchor" else lengths[1]
                 column = self.texts[tower].encode([text], length=length, prompt=self.prompts.get(tower))
