@@ -224,7 +224,7 @@ class Tower:
     prompts: dict[str, str] | None = None
     """Prompt texts by name, stored with the model."""
     default_prompt: str | None = None
-    """Name of the prompt put before every text when none is asked for."""
+    """Name of the prompt put before every text when none is asked for; "" for none, also where the folder has one."""
     lowercase: bool = True
     """Whether a trained "wordpiece" tokenizer lowercases."""
     compute: Dtype = "float32"
@@ -261,7 +261,7 @@ class Tower:
         """The prompt's name for a column: "query" for anchors, "document" for the rest where the tower has such, else the
         default prompt."""
         name = "query" if ROLES.get(column, column) == "anchor" else "document"
-        return name if name in (self.prompts or {}) else self.default_prompt
+        return name if name in (self.prompts or {}) else self.default_prompt or None
 
 
 @dataclasses.dataclass(frozen=True)
