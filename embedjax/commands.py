@@ -241,7 +241,7 @@ def export(arguments: Sequence[str]) -> None:
 
         found = gate.check(Path(name))
         for consumer, difference in found.items():
-            print(f"{consumer}\t{'not installed' if difference is None else f'largest difference {difference:.1e}'}")
+            print(f"{consumer}\t{difference if isinstance(difference, str) else f'largest difference {difference:.1e}'}")
         gate.judge(Path(name), found)
         return
     if not folder:
