@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import logging
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +36,8 @@ MANY_CUT, MANY_TWICE = 0.05, 0.01
 EXAMPLES = 3
 
 MULTIPLE = np.uint64(0x9E3779B97F4A7C15)
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -86,8 +90,11 @@ def _read(batches: Batches, at: int, limit: int) -> Read:
     measured[np.linspace(0, total - 1, min(limit, total)).astype(int)] = True
     whole = {name: dataclasses.replace(batches.texts[tower_column(name)], max_length=1 << 20) for name in layout.texts}
     lengths, keys = ({name: [np.zeros(0, kind)] for name in layout.texts} for kind in (np.int32, np.uint64))
-    count, examples = 0, []
+    count, examples, told = 0, [], time.monotonic()
     for start in range(0, total, CHUNK):
+        if time.monotonic() - told > 5:
+            told = time.monotonic()
+            _log.info("set %r: %d of %d rows are read", batches.data.sets[at].name, start, total)
         good, bad = read_rows(source, layout, range(start, min(start + CHUNK, total)))
         count, examples = count + len(bad), [*examples, *bad.values()][:EXAMPLES]
         sampled = [row for row in good if measured[row]]
