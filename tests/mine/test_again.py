@@ -109,7 +109,7 @@ def test_vectors_are_in_memory_once(monkeypatch):
     model = types.SimpleNamespace(config=config, embedders={"text": types.SimpleNamespace(width=64)})
     pairs = types.SimpleNamespace(anchors=range(1000), anchor=np.zeros(1, int), known=lambda corpus: None)
     tracemalloc.start()
-    again.mine(types.SimpleNamespace(pairs=pairs, corpus=range(20_000), how=Mine()), model, 0, seed=0)
+    again.mine(types.SimpleNamespace(pairs=pairs, corpus=range(20_000), how=Mine(), prompt=""), model, 0, seed=0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     np.testing.assert_array_equal(given[0][:, 5], np.repeat(np.arange(1, 21), 1000))
