@@ -94,7 +94,7 @@ def test_without_hashes(make_pairs, compare, criterion):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_extreme_scores_at_the_largest_scale_stay_finite_and_right(make_pairs, compare, sign):
     """All candidates alike, and all opposite: exponentials of such scores leave float32's range. Vectors this close to each
-    other are badly conditioned: the dense form loses as many digits, and which ones is up to the processor's products."""
+    other are badly conditioned: the dense form loses as many digits."""
     pairs = make_pairs(1)
     same = np.ones_like(pairs.candidates) * np.linspace(1, 1.2, 24)
     pairs = pairs._replace(anchor=same[:, 0] + 4e-2 * pairs.anchor, candidates=sign * (same + 4e-2 * pairs.candidates))
@@ -114,7 +114,7 @@ def test_no_array_has_a_score_for_every_pair(make_pairs, compare, form, devices)
 
 
 def test_the_ring_takes_memory_linear_in_the_batch(compare):
-    """Compiled, not run: beyond inputs and results, four times the rows take four times the bytes of the dense form's 16."""
+    """Compiled, not run: beyond inputs and results, four times the rows take four times the bytes, where dense takes 16."""
 
     def extra(form, rows):
         comparison = compare("symmetric", form, 8, np.float32, tile=64)
@@ -126,7 +126,7 @@ def test_the_ring_takes_memory_linear_in_the_batch(compare):
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert extra("dense", 8192) > 12 * extra("dense", 2048)
-    assert extra("ring", 8192) < 4.5 * extra("ring", 2048) < 2048 * 2048 * 4 // 8
+    assert extra("ring", 8192) <= 4 * extra("ring", 2048)
 
 
 @pytest.mark.parametrize(("criterion", "extra"), [("softmax", {"hardness": "all", "hardness_strength": 5.0}), ("sigmoid", {})])
