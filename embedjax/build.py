@@ -13,7 +13,7 @@ import optax
 
 from embedjax import distributed, objective, optim, sharding, step
 from embedjax.config import Config, HeadAccuracy, Tower, Transformer
-from embedjax.config.errors import ConfigError
+from embedjax.config.errors import ConfigError, nearest
 from embedjax.data.batches import Batches
 from embedjax.data.columns import is_text
 from embedjax.data.mined import Mined
@@ -78,6 +78,7 @@ def resolve(config: Config, known: Config | None = None) -> Config:
     _check_towers(config)
     objective.first_values(config.data.tasks, config.model)  # raises where sets differ
     _check_adapters(config)
+    _check_prompts(config)
     _check_tasks(config)
     return config
 
@@ -123,6 +124,17 @@ def _check_adapters(config: Config) -> None:
                 raise ConfigError(f"{what}, tower {tower!r}: {error}") from error
 
 
+def _check_prompts(config: Config) -> None:
+    """A set's prompt must be one of a tower that reads it, for one side at least."""
+    for task in config.data.sets:
+        towers = {column: config.model.towers[config.model.tower_of(column)] for column in task.names if is_text(column)}
+        if task.prompt and not any(tower.prompt_named(task.prompt, column) for column, tower in towers.items()):
+            known = sorted({name for tower in towers.values() for name in tower.prompts or {}})
+            raise ConfigError(
+                f"set {task.name!r}: no tower of its texts has a prompt {task.prompt!r}; {nearest(task.prompt, known)}"
+            )
+
+
 def _check_tasks(config: Config) -> None:
     """What every evaluation asks of the model must be there now, not at its first evaluation: prompt or adapter, dims, head."""
     heads = _untrained_heads(config)
@@ -131,14 +143,14 @@ def _check_tasks(config: Config) -> None:
             name = config.model.tower_of(column)
             tower = config.model.towers[name]
             try:
-                _, adapter = asked(tower, column, None, task.prompt or None)
+                _, adapter = asked(config.model, column, task=task.prompt or None)
                 lora.chosen(tower.lora, adapter)
                 if max(task.dims, default=0) > tower.width:
                     raise ConfigError(f"dims holds {max(task.dims)}; its vectors have {tower.width} numbers")
             except ConfigError as error:
                 raise ConfigError(f"evaluation task {task.name!r}, tower {name!r}: {error}") from error
         if isinstance(task, HeadAccuracy):
-            head_of(task, heads, f"run {config.name!r}")
+            head_of(task, heads, f"run {config.name!r}", config.model)
 
 
 def _untrained_heads(config: Config) -> dict[str, Head]:
@@ -154,7 +166,7 @@ def prepare(config: Config) -> tuple[tasks.TaskData, ...]:
     prepared, heads = tasks.prepare(config.evaluate.tasks), _untrained_heads(config)
     for data in prepared:
         if isinstance(data, HeadData):
-            data.of(heads, f"run {config.name!r}")
+            data.of(heads, f"run {config.name!r}", config.model)
     return prepared
 
 
@@ -308,7 +320,10 @@ def _batches(
         config.data,
         [sources[task.name] for task in config.data.sets],
         {column: texts[tower] for column, tower in towers.items()},
-        {column: config.model.towers[tower].prompt_for(column) for column, tower in towers.items()},
+        [
+            {column: config.model.towers[tower].prompt_for(column, task.prompt) for column, tower in towers.items()}
+            for task in config.data.sets
+        ],
         seed=config.seed,
         steps=config.steps,
         mined=mined,

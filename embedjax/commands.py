@@ -156,7 +156,7 @@ def search(arguments: Sequence[str]) -> None:
         corpus: str,
         column: str = "",
         k: int = 5,
-        adapter: str = "",
+        task: str = "",
     ) -> tuple:
         """Prints the texts of a corpus nearest to a query.
 
@@ -166,21 +166,22 @@ def search(arguments: Sequence[str]) -> None:
             corpus: File of texts (.txt, .jsonl, .csv, .tsv, .parquet), or a folder whose Python functions are the texts.
             column: Column of the texts (default: the only one, or "text").
             k: How many to print.
-            adapter: Name of the adapter to encode with, of a run that has several.
+            task: Name of one of the model's prompts, of one of its adapters, or of both, as `encode` has it.
         """
-        return model, query, corpus, column, k, adapter
+        return model, query, corpus, column, k, task
 
-    name, query, path, column, k, adapter = parse(command, arguments, prog="embedjax search")
+    name, query, path, column, k, task = parse(command, arguments, prog="embedjax search")
     from embedjax import search as finder
     from embedjax.config import Mesh
     from embedjax.evaluate.progress import Display
-    from embedjax.load import adapted, load
+    from embedjax.load import load
     from embedjax.sharding import make_mesh
 
-    model, corpus = adapted(load(name), adapter), finder.open_corpus(path, column or None)
+    model, corpus = load(name), finder.open_corpus(path, column or None)
     with Display("encode the corpus") as progress:
         mesh = make_mesh(Mesh())
-        hits = finder.search(model, corpus, query, k, mesh=mesh, cache=finder.cache_folder(), progress=progress)
+        cache = finder.cache_folder()
+        hits = finder.search(model, corpus, query, k, task=task or None, mesh=mesh, cache=cache, progress=progress)
     finder.show(hits)
 
 
@@ -198,14 +199,14 @@ def mine(arguments: Sequence[str]) -> None:
 
     mesh, scorer = make_mesh(Mesh()), ("the model", None) if made.scores else None
     if made.teacher:
-        scorer = made.teacher, miner.teacher(load(made.teacher), mesh)
+        scorer = made.teacher, miner.teacher(load(made.teacher), mesh, made.teacher_task or None)
     elif made.cross_encoder:
         scorer = made.cross_encoder, miner.cross_encoder(made.cross_encoder)
     with Stages() as progress:
         found = miner.mine_file(
             load(made.model), made.corpus, made.pairs, made.output, made.how,
             corpus_columns=tuple(filter(None, made.corpus_columns.split(","))), pair_columns=made.pair_columns,
-            scorer=scorer, seed=made.seed, mesh=mesh, progress=progress,
+            task=made.task or None, scorer=scorer, seed=made.seed, mesh=mesh, progress=progress,
         )  # fmt: skip
     print(f"{made.output}: {found.rows} rows, {found.left_out} pairs left out for too few negatives")
     print(f"mean score of positives {found.positive:.3f}, of negatives {found.negative:.3f}")

@@ -101,7 +101,7 @@ def _read(batches: Batches, at: int, limit: int) -> Read:
         for name in layout.texts:
             keys[name].append(key_of([values[name] for values in good.values()]))
             if sampled:
-                texts, prompt = [good[row][name] for row in sampled], batches.prompts.get(tower_column(name))
+                texts, prompt = [good[row][name] for row in sampled], batches.prompts[at].get(tower_column(name))
                 lengths[name].append(whole[name].lengths(texts, prompt))
     anchor, document = batches.table[-1]
     columns = {

@@ -27,6 +27,9 @@ class Set:
     """Name of the task, used in metrics and checkpoints."""
     adapter: str = ""
     """Name of the adapter it trains where its towers have several; those that no set trains stay as they are."""
+    prompt: str = ""
+    """Name of the prompts its texts have: anchors NAME-query and the rest NAME-document where their tower has such, else NAME;
+    empty for `query` and `document`, or the tower's default. An adapter of the same name is served together with it."""
     labels: tuple[str, ...] = ()
     """Names of the classes, in the order of their numbers, where the column `label` holds names or lists."""
     weight: float = 1.0
@@ -112,6 +115,7 @@ class Data:
                 ("loss", first.loss, other.loss),
                 ("labels", first.labels, other.labels),
                 ("adapter", first.adapter, other.adapter),
+                ("prompt", first.prompt, other.prompt),
             ):
                 if a != b:
                     raise ConfigError(

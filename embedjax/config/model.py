@@ -257,11 +257,25 @@ class Tower:
             return self.dense[-1].features
         return self.arch.width if self.arch else 0
 
-    def prompt_for(self, column: str) -> str | None:
-        """The prompt's name for a column: "query" for anchors, "document" for the rest where the tower has such, else the
-        default prompt."""
-        name = "query" if ROLES.get(column, column) == "anchor" else "document"
-        return name if name in (self.prompts or {}) else self.default_prompt or None
+    def prompt_for(self, column: str, name: str = "") -> str | None:
+        """The prompt's name for a column: that of a set or task by its `name`, where the tower has such; else "query" for
+        anchors and "document" for the rest, where it has these; else the default prompt."""
+        side = _side(column)
+        return self.prompt_named(name, column) or (side if side in (self.prompts or {}) else self.default_prompt or None)
+
+    def prompt_named(self, name: str, column: str = "text") -> str | None:
+        """The prompt that a set's or task's name means for a column: NAME-query for anchors or NAME-document for the rest, else
+        NAME itself; None where the tower has none. A "text" is of neither side."""
+        names = (name,) if column == "text" else (f"{name}-{_side(column)}", name)
+        return next((each for each in names if name and each in (self.prompts or {})), None)
+
+    def knows(self, name: str) -> bool:
+        """Whether a set's or task's name means an adapter or prompt here, be it that of one side."""
+        return name in self.lora or any(self.prompt_named(name, column) for column in ("text", *ROLES))
+
+
+def _side(column: str) -> str:
+    return "query" if ROLES.get(column, column) == "anchor" else "document"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,10 @@ class Rows:
     limit: int = dataclasses.field(default=0, kw_only=True)
     """At most so many rows; 0 for all."""
     prompt: str = dataclasses.field(default="", kw_only=True)
-    """Name of the model's prompt, adapter or both that the texts are encoded with; empty for those of the task's columns."""
+    """Name of the model's prompt, adapter or both that the texts are encoded with; of prompts NAME-query and NAME-document each
+    side has its own. Without a name queries and documents (`sides`) have the prompts of these names where the model has such,
+    and all other texts the default prompt alone, as in sentence-transformers, whatever training put before them: name `query`
+    for both sides to have that. Of two towers each always has the prompt of its side."""
     dims: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)
     """Prefixes of the vectors to score as well (Matryoshka), such as 256, 64; the texts are encoded once."""
 
@@ -171,7 +174,8 @@ class KnnClassification(Rows):
 
 @dataclasses.dataclass(frozen=True)
 class HeadAccuracy(Rows):
-    """Accuracy and macro F1 of a class head of the model's own, on single texts or pairs of them."""
+    """Accuracy and macro F1 of a class head of the model's own, on single texts or pairs of them. `prompt` is that of the set
+    that trained the head, and names its adapter."""
 
     main = "accuracy"
     columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"text": "text", "label": "label"})

@@ -38,8 +38,9 @@ class Batches:
     """The batches of a run. Row order, task and bucket are pure functions of (seed, step, length index), so a data position
     is one integer, and n processes hold n slices of the same global batch.
 
-    `sources` are the opened sources of `data.sets` in their order. `texts` and `prompts` are keyed by the columns anchor,
-    positive and negative (which serves negative_2, ... too); a prompt is a name, or None for the tower's default.
+    `sources` are the opened sources of `data.sets` in their order, and so are `prompts`, each the names of a set's prompts, or
+    None for the tower's default. These and `texts` are keyed by the columns anchor, positive and negative (which serves
+    negative_2, ... too).
     `mined` holds the sets whose hard negatives are mined in the run, by name.
     `run_folder` keeps `lengths/` (only with several buckets) and `bad_records.jsonl`; None keeps neither.
     Raises ConfigError for columns or buckets that do not fit, DataError for missing columns or too little data.
@@ -50,7 +51,7 @@ class Batches:
         data: Data,
         sources: Sequence[Source],
         texts: Mapping[str, Texts],
-        prompts: Mapping[str, str | None] | None = None,
+        prompts: Sequence[Mapping[str, str | None]] | None = None,
         *,
         seed: int,
         steps: int,
@@ -69,7 +70,8 @@ class Batches:
                 raise DataError(f"set {name!r}: {source.name} has {count} rows, fewer than data.batch_size {data.batch_size}")
         if sum(counts.values()) < data.batch_size:
             raise DataError(f"the sets have {sum(counts.values())} rows, fewer than data.batch_size {data.batch_size}")
-        self.data, self.sources, self.texts, self.prompts, self.steps = data, sources, texts, prompts or {}, steps
+        self.data, self.sources, self.texts, self.steps = data, sources, texts, steps
+        self.prompts = prompts or [{}] * len(sources)
         self.mined = mined or {}
         self.layouts = [make_layout(which, source) for which, source in zip(data.sets, sources, strict=True)]
         if data.draw == "rows":
@@ -89,10 +91,10 @@ class Batches:
         self._tokens = self._cells = 0
 
     def _measured(self, rows: list[Rows], folder: pathlib.Path | None, *, write: bool) -> list[Rows]:
-        made = functools.partial(length_index, texts=self.texts, prompts=self.prompts, bad=self.bad, folder=folder, write=write)
+        made = functools.partial(length_index, texts=self.texts, bad=self.bad, folder=folder, write=write)
         result = []
-        for each, source, layout in zip(rows, self.sources, self.layouts, strict=True):
-            lengths = made(each.name, source, layout)
+        for each, source, layout, prompts in zip(rows, self.sources, self.layouts, self.prompts, strict=True):
+            lengths = made(each.name, source, layout, prompts=prompts)
             if layout.mined:
                 lengths[:, 1] = self.table[-1][1]  # negatives not known yet may be of any length
             result.append(dataclasses.replace(each, lengths=lengths))
@@ -177,7 +179,7 @@ class Batches:
             for name in self.layouts[int(at)].texts:
                 tower, text = tower_column(name), str(values[name])
                 length = lengths[0] if name == "anchor" else lengths[1]
-                column = self.texts[tower].encode([text], length=length, prompt=self.prompts.get(tower))
+                column = self.texts[tower].encode([text], length=length, prompt=self.prompts[int(at)].get(tower))
                 ids = column["ids"][column["mask"]].tolist()
                 shown[name] = (text, self.texts[tower].tokenizer.decode(ids, skip_special_tokens=False))
             result.append(shown)
@@ -225,7 +227,7 @@ class Batches:
                 continue
             texts = [str(row[source]) for row in values for source in sources]
             length = anchor if name == "anchor" else document
-            encoded = self.texts[name].encode(texts, length=length, prompt=self.prompts.get(name), **words)
+            encoded = self.texts[name].encode(texts, length=length, prompt=self.prompts[at].get(name), **words)
             front = (len(values), len(sources)) if name == "negative" else (len(values),)
             columns[name] = {key: leaf.reshape(*front, *leaf.shape[1:]) for key, leaf in encoded.items()}
             columns["hash"][name] = hash_texts(texts).reshape(*front, 2)

@@ -20,7 +20,8 @@ class Mined:
 
     def __init__(self, which: Set, source: Source, folder: pathlib.Path):
         assert which.mine is not None
-        self.how, self.name, self.adapter, self.every = which.mine, which.name, which.adapter, which.mine.every
+        self.how, self.name, self.every = which.mine, which.name, which.mine.every
+        self.adapter, self.prompt = which.adapter, which.prompt
         self.source = open_source(which.mine.corpus) if which.mine.corpus else None
         anchor, positive = which.columns["anchor"], which.columns["positive"]
         select(source, {"anchor": anchor, "positive": positive}, f"set {which.name!r}")  # else told of the corpus

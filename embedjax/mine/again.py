@@ -47,7 +47,7 @@ def mine(
     those that are not known to be its positives."""
     mined.how.check(model.config.similarity)
     sides = {"query": mined.pairs.anchors, "document": mined.corpus}
-    vectors = {column: _vectors(model, texts, column, mesh) for column, texts in sides.items()}
+    vectors = {column: _vectors(model, texts, column, mined.prompt or None, mesh) for column, texts in sides.items()}
     known, total = mined.pairs.known(mined.corpus), len(mined.corpus)
     chance = int(mixed(seed, np.array([step]), np.zeros(1, int))[0])  # each mining chooses anew
     numbers, lacking = np.empty((len(mined.pairs.anchors), mined.how.num_negatives), np.int32), 0
@@ -58,11 +58,11 @@ def mine(
     return numbers[np.maximum(mined.pairs.anchor, 0)], lacking  # a row that cannot be used takes any: it is never read
 
 
-def _vectors(model: Model, texts: Corpus, column: str, mesh: DeviceMesh | None) -> Float[np.ndarray, "N E"]:
+def _vectors(model: Model, texts: Corpus, column: str, task: str | None, mesh: DeviceMesh | None) -> Float[np.ndarray, "N E"]:
     """The vectors of all texts, in memory once."""
     result = np.empty((len(texts), model.embedders[model.config.tower_of(column)].width), np.float32)
     at = 0
-    for block in stream(model, texts, column, mesh=mesh):
+    for block in stream(model, texts, column, task=task, mesh=mesh):
         result[at : at + len(block)] = block
         at += len(block)
     return result

@@ -194,7 +194,7 @@ def stack(
     layer = jax.checkpoint(layer) if tower.remat else layer
     loop = _unrolled if tower.layers == "unroll" or (tower.layers == "auto" and on_cpu()) else _scanned
     x_BLD, stacked = by_rows(x_BLD), (tower.param("blocks", init), per_layer)
-    each = [x_BLD[None]]
+    each: list[Any] = [x_BLD[None]]
     if tower.still:
         # A scan has one backward pass for all its layers: those without are a scan of their own, cut off before and after.
         below = jax.tree.map(lambda a: a[: tower.still], stacked)

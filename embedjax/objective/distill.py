@@ -25,7 +25,7 @@ def vectors(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: Me
     if len({embedders[model.tower_of(column)].width for column in columns}) > 1:
         raise ConfigError(f"set {task.name!r}: the teacher's vectors cannot fit towers of two widths")
     if loss.teacher:
-        targets = frozen_tower("teacher", loss.teacher, columns, model, embedders)
+        targets = frozen_tower("teacher", loss.teacher, columns, task, model, embedders)
     else:
         targets = lambda constants, columns: {"anchor": columns["vectors"], "positive": columns["vectors"][:, None]}
     normalized = normalized_prefixes(task, model, embedders)
@@ -74,7 +74,7 @@ def _stored_scores(task: Set) -> Callable:
 
 
 def _taught_scores(task: Set, loss: Taught, model: Model, embedders: Mapping[str, Embedder]) -> Callable:
-    teach = frozen_tower("teacher", loss.teacher, ("anchor", "positive"), model, embedders)
+    teach = frozen_tower("teacher", loss.teacher, ("anchor", "positive"), task, model, embedders)
     similarity = model.towers[loss.teacher].similarity or "cosine"
 
     def targets(constants, columns):

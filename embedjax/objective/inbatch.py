@@ -33,7 +33,7 @@ def in_batch(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: M
     assert isinstance(loss, InBatch)
     if model.similarity == "dot" and loss.form not in ("auto", "dense"):
         raise ConfigError(f'form {loss.form!r} holds cosines alone; take "auto" or "dense" for towers of similarity "dot"')
-    guide = _guide(loss, model, embedders)
+    guide = _guide(task, loss, model, embedders)
     compare = _comparison(loss, mesh, model.similarity, first_scale(loss, model))
 
     def targets(constants, columns):
@@ -141,11 +141,11 @@ def _rule(loss: InBatch, similarity: Similarity) -> Rule:
     return Rule(criterion, hardness, strength, loss.guide_margin, loss.guide_margin_kind, similarity)
 
 
-def _guide(loss: InBatch, model: Model, embedders: Mapping[str, Embedder]) -> Callable[[Any, dict], Guide | None]:
+def _guide(task: Set, loss: InBatch, model: Model, embedders: Mapping[str, Embedder]) -> Callable[[Any, dict], Guide | None]:
     """`(constants, columns) -> Guide`: the guide tower's vectors of the same texts, which it must tokenize the same way."""
     if not loss.guide:
         return lambda constants, columns: None
-    encode = frozen_tower("guide", loss.guide, ("anchor", "positive"), model, embedders)
+    encode = frozen_tower("guide", loss.guide, ("anchor", "positive"), task, model, embedders)
 
     def guide(constants, columns):
         outputs = encode(constants, columns)

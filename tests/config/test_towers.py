@@ -30,6 +30,20 @@ def test_prompts_of_the_sides():
     tower = dataclasses.replace(TOWER, prompts={"query": "q: ", "plain": ""}, default_prompt="plain")
     found = [tower.prompt_for(column) for column in ("query", "anchor", "document", "positive", "negative")]
     assert found == ["query", "query", "plain", "plain", "plain"]
+    prompts = {"query": "", "find-query": "", "find-document": "", "find": "", "ask-query": "", "sts": ""}
+    tower = dataclasses.replace(TOWER, prompts=prompts, lora={"cls": c.Lora()})
+    sides = ("anchor", "query", "positive", "negative_2", "text")
+    named = {name: [tower.prompt_named(name, column) for column in sides] for name in ("find", "ask", "sts", "cls", "")}
+    assert named == {
+        "find": ["find-query"] * 2 + ["find-document"] * 2 + ["find"],
+        "ask": ["ask-query"] * 2 + [None] * 3,
+        "sts": ["sts"] * 5,
+        "cls": [None] * 5,
+        "": [None] * 5,
+    }
+    assert [tower.prompt_for(column, "ask") for column in sides[:3]] == ["ask-query", "ask-query", None]
+    assert [tower.prompt_for(column, "cls") for column in sides[:3]] == ["query", "query", None]
+    assert [name for name in (*named, "fin") if tower.knows(name)] == ["find", "ask", "sts", "cls"]
     assert TOWER.prompt_for("query") is None
 
 

@@ -72,6 +72,7 @@ def make(tmp_path):
         config = Data(**{"batch_size": 4, "sets": sets, **(data or {})})
         texts = dict.fromkeys(("anchor", "positive", "negative"), words or Words())
         sources = [open_source(each.source) for each in sets]
+        prompts = prompts and [prompts] * len(sets)
         return Batches(config, sources, texts, prompts, seed=seed, steps=steps, **{"run_folder": tmp_path / "run", **options})
 
     return build

@@ -64,7 +64,7 @@ def evaluate(
     found: dict[str, float] = {}
     for task in tasks:
         data = task if isinstance(task, TaskData) else read(task)
-        data = data.of(model.heads, model.origin) if isinstance(data, HeadData) else data
+        data = data.of(model.heads, model.origin, model.config) if isinstance(data, HeadData) else data
         whole = _encoded(data, model, mesh, progress)
         for label, dim in zip(data.task.labels, (None, *data.task.dims), strict=True):
             vectors = [side.prefix(model, part, dim) if dim else part for side, part in zip(data.sides, whole, strict=True)]

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jax.sharding import Mesh as DeviceMesh
 
-from embedjax.config import HeadAccuracy, Similarity
+from embedjax.config import HeadAccuracy, Model, Similarity
 from embedjax.config.errors import ConfigError, DataError, nearest
+from embedjax.evaluate.encode import asked
 from embedjax.evaluate.rows import label_at
 from embedjax.evaluate.tasks.classification import measured
 from embedjax.evaluate.tasks.reading import opened, rows_of, texts_in
 from embedjax.evaluate.tasks.side import Side, Vectors
+from embedjax.models import lora
 from embedjax.models.classifier import Head
 
 
@@ -24,10 +26,10 @@ class HeadData:
     labels: Sequence[Sequence[str]]
     head: Head | None = None
 
-    def of(self, heads: Mapping[str, Head], origin: str) -> "HeadData":
+    def of(self, heads: Mapping[str, Head], origin: str, model: Model) -> "HeadData":
         """With the head that the task means, trained or not yet. Raises ConfigError as `head_of` does, DataError for labels
         that the head does not know."""
-        head = head_of(self.task, heads, origin)
+        head = head_of(self.task, heads, origin, model)
         if odd := sorted({label for row in self.labels for label in row} - set(head.labels)):
             raise DataError(f"task {self.task.name!r}: the head knows no label {odd[0]!r}; {nearest(odd[0], head.labels)}")
         several = [row for row in self.labels if len(row) != 1]
@@ -49,9 +51,9 @@ class HeadData:
         return measured(wanted, found)
 
 
-def head_of(task: HeadAccuracy, heads: Mapping[str, Head], origin: str) -> Head:
+def head_of(task: HeadAccuracy, heads: Mapping[str, Head], origin: str, model: Model) -> Head:
     """The head that a task means. Raises ConfigError for a model without, or with several and none named, for an unknown name,
-    and for a head of pairs and single texts or the other way round."""
+    for a head of pairs and single texts or the other way round, and for texts under another adapter than the head's."""
     name = task.head
     if not heads:
         raise ConfigError(f"{origin} has no class head; train one with the losses Classify or ClassifyPair")
@@ -63,6 +65,13 @@ def head_of(task: HeadAccuracy, heads: Mapping[str, Head], origin: str) -> Head:
     if head.pair != ("other" in task.columns):
         what = "pairs of texts; the second is the column `other`" if head.pair else "single texts; leave out the column `other`"
         raise ConfigError(f"task {task.name!r}: the class head reads {what}")
+    for column in task.sides:
+        used = lora.chosen(model.towers[model.tower_of(column)].lora, asked(model, column, task=task.prompt or None)[1])
+        if used and head.adapter and used != head.adapter:
+            raise ConfigError(
+                f"task {task.name!r}: the class head was trained on the adapter {head.adapter!r}, but texts are encoded with "
+                f"{used!r}; name the adapter in the task's prompt, or with --prompt"
+            )
     return head
 
 

@@ -33,9 +33,8 @@ class Side:
         prompt: str = "",
         progress: Callable[[int], None] | None = None,
     ) -> Vectors:
-        """Encoded by the column's tower, "query" and "document" with the prompts of these roles where the model has such.
-        `prompt` names a prompt or adapter to take instead; `progress(rows)` tells how many are done. Raises ConfigError for an
-        unknown one."""
+        """Encoded by the column's tower, with the prompt that `encode` gives it. `prompt` names other prompts, or an adapter;
+        `progress(rows)` tells how many are done. Raises ConfigError for an unknown one."""
         encoder = Encoder(model, column=self.column, task=prompt or None, mesh=mesh)
         out, start = np.empty((len(self.texts), encoder.width), np.float32), 0
         for vectors in encoder.stream(self._blocks(encoder), progress=progress):
