@@ -218,7 +218,8 @@ class Tower:
     normalize: bool | None = None
     """Whether the vector is scaled to length 1 (default yes, but not where similarity is set to "dot")."""
     similarity: Similarity | None = None
-    """How vectors are compared, in losses and in use: their cosine, or the plain product (default cosine)."""
+    """How vectors are compared, in losses and in use: their cosine, or the plain product (default cosine). Losses with a
+    `distance`, MegaBatchMargin and SupCon keep to their own."""
     max_length: int | None = None
     """Longest text in tokens, special tokens included (default 128, or the folder's)."""
     prompts: dict[str, str] | None = None

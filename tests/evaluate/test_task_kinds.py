@@ -181,6 +181,44 @@ def test_a_tasks_prompt(model, labelled):
         evaluate(model, (dataclasses.replace(task, prompt="querry"),))
 
 
+def test_the_prompt_of_each_side(model, two_towers, labelled, sentences, tmp_path, monkeypatch):
+    """One tower has the prompts of queries and documents for these alone, as sentence-transformers asks; of two towers each has
+    that of its side; a task's own go before both."""
+    prompts = {"query": "w1 w2 ", "document": "w3 ", "sts-query": "w4 ", "sts-document": "w5 "}
+
+    def with_prompts(made):
+        towers = {name: dataclasses.replace(tower, prompts=prompts) for name, tower in made.config.towers.items()}
+        texts = {name: dataclasses.replace(each, prompts=prompts) for name, each in made.texts.items()}
+        return dataclasses.replace(made, config=dataclasses.replace(made.config, towers=towers), texts=texts)
+
+    test, train, _ = labelled
+    rows = [{"x": sentences[n], "y": sentences[n + 40], "z": sentences[n + 80], "s": n % 2} for n in range(8)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    met, tokenize = [], Encoder.tokenize
+    monkeypatch.setattr(Encoder, "tokenize", lambda self, texts: met.append(self.prompt) or tokenize(self, texts))
+    roles, plain, own = ["query", "document"], [None, None], ["sts-query", "sts-document"]
+    sts = c.Sts(file, {"a": "x", "b": "y", "score": "s"})
+    for task, of_one, of_two in (
+        (sts, plain, roles),
+        (dataclasses.replace(sts, prompt="sts"), own, own),
+        (dataclasses.replace(sts, prompt="query"), ["query"] * 2, ["query"] * 2),
+        (c.PairClassification(file, {"a": "x", "b": "y", "label": "s"}), plain, roles),
+        (c.BitextMining(file, {"source": "x", "target": "y"}), plain, roles),
+        (c.Clustering(train, experiments=1), plain[:1], roles[:1]),
+        (c.KnnClassification(test, train=train, k=1), plain, ["query"] * 2),
+        (
+            c.TripletAccuracy(file, {"anchor": "x", "positive": "y", "negative": "z"}),
+            [*roles, "document"],
+            [*roles, "document"],
+        ),
+        (c.Retrieval(file, {"query": "x", "document": "y"}), roles, roles),
+    ):
+        for made, wanted in ((model, of_one), (two_towers, of_two)):
+            met.clear()
+            evaluate(with_prompts(made), (task,))
+            assert met == wanted, (task.name, task.prompt)
+
+
 def test_nearest_neighbours_and_clusters(model, labelled):
     test, train, rows = labelled
     found = evaluate(
