@@ -67,11 +67,13 @@ def test_losses_are_stored_and_read_back():
         assert from_json(to_json(loss), config.Loss) == loss
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
 @pytest.mark.parametrize(("devices", "width", "form"), [(1, 2, "dense"), (1, 4, "tiled"), (8, 4, "dense"), (8, 8, "ring")])
-def test_auto_goes_by_the_scores_a_device_would_hold(devices, width, form):
+def test_auto_goes_by_the_scores_a_device_would_hold(devices, width, form, similarity):
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:devices])
     rows = width * 1024
-    made = make(config.MultipleNegatives(mask_duplicates=False), mesh)
+    model = config.Model({"text": config.Tower(arch=ARCH, similarity=similarity)})
+    made = make(config.MultipleNegatives(mask_duplicates=False), mesh, model)
     outputs = {
         "anchor": jax.ShapeDtypeStruct((rows, 8), jnp.float32),
         "positive": jax.ShapeDtypeStruct((rows, 1, 8), jnp.float32),
