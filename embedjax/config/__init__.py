@@ -1,6 +1,7 @@
 """Typed configs: frozen dataclasses that are replaced, never mutated. Imports no jax and no numpy."""
 
-from embedjax.config.data import Data, File, Functions, Set, Source, Tfds
+from embedjax.config.data import Data, File, Functions, Pictures, Set, Source, Tar, Tfds
+from embedjax.config.image import Augment, ImageArchitecture, ImageTower, Pixels, Vit
 from embedjax.config.losses import (
     AnglE,
     BatchAll,
@@ -68,6 +69,7 @@ from embedjax.config.tasks import (
 __all__ = [
     "AnglE",
     "Architecture",
+    "Augment",
     "BatchAll",
     "BatchHard",
     "BatchHardSoftMargin",
@@ -96,6 +98,8 @@ __all__ = [
     "GlobalOrthogonal",
     "Group",
     "HeadAccuracy",
+    "ImageArchitecture",
+    "ImageTower",
     "InBatch",
     "KlDistillation",
     "KnnClassification",
@@ -116,6 +120,8 @@ __all__ = [
     "OnlineContrastive",
     "Optim",
     "PairClassification",
+    "Pictures",
+    "Pixels",
     "Pooled",
     "ROLES",
     "Reranking",
@@ -129,6 +135,7 @@ __all__ = [
     "Sts",
     "Sum",
     "SupCon",
+    "Tar",
     "Task",
     "Taught",
     "Tfds",
@@ -137,4 +144,5 @@ __all__ = [
     "Triplet",
     "TripletAccuracy",
     "VectorDistillation",
+    "Vit",
 ]

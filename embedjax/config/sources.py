@@ -14,6 +14,25 @@ class File:
     """auto goes by the file name's ending."""
     names: tuple[str, ...] = ()
     """Column names of a TSV or CSV file without a header row."""
+    root: str = ""
+    """Folder that paths of pictures are relative to; empty for that of the file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """A folder of pictures, at any depth. Columns: `image`, `name` (the file's, without ending), `label` (its folder's)."""
+
+    path: str = ""
+    """The folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tar:
+    """Tar archives of samples as webdataset lays them out, read in place. Columns: `key`, `image` (of any format), `txt`,
+    `cls`, `json.KEY`, and other kinds of files by their endings, as bytes."""
+
+    path: str = ""
+    """An archive, a glob pattern, a folder of *.tar, or a pattern such as train-{0000..0127}.tar."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,4 +62,4 @@ class Functions:
     """Seed of the choice of files and rows."""
 
 
-Source = File | Tfds | Functions
+Source = File | Pictures | Tar | Tfds | Functions
