@@ -1,6 +1,6 @@
 """Typed configs: frozen dataclasses that are replaced, never mutated. Imports no jax and no numpy."""
 
-from embedjax.config.data import Data, File, Functions, Pictures, Set, Source, Tar, Tfds
+from embedjax.config.data import Data, File, Functions, Glyphs, Pictures, Set, Source, Tar, Tfds
 from embedjax.config.image import Augment, ImageArchitecture, ImageTower, Pixels, Vit
 from embedjax.config.losses import (
     AnglE,
@@ -96,6 +96,7 @@ __all__ = [
     "File",
     "Functions",
     "GlobalOrthogonal",
+    "Glyphs",
     "Group",
     "HeadAccuracy",
     "ImageArchitecture",

@@ -7,9 +7,9 @@ from typing import Literal
 from embedjax.config.errors import ConfigError
 from embedjax.config.losses import Loss, MultipleNegatives
 from embedjax.config.mine import Mine
-from embedjax.config.sources import File, Functions, Pictures, Source, Tar, Tfds
+from embedjax.config.sources import File, Functions, Glyphs, Pictures, Source, Tar, Tfds
 
-__all__ = ["Data", "File", "Functions", "Pictures", "Set", "Source", "Tar", "Tfds"]
+__all__ = ["Data", "File", "Functions", "Glyphs", "Pictures", "Set", "Source", "Tar", "Tfds"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,4 +62,19 @@ class Functions:
     """Seed of the choice of files and rows."""
 
 
-Source = File | Pictures | Tar | Tfds | Functions
+@dataclasses.dataclass(frozen=True)
+class Glyphs:
+    """The embedded data set of pictures: glyphs of the fonts inside matplotlib, drawing <-> Unicode name. Columns: `image`,
+    `name`, `font`. Held-out names put words together that are known from others."""
+
+    split: Literal["train", "test"] = "train"
+    """Training names or held-out names."""
+    font: str = ""
+    """One font, such as "DejaVuSans"; empty for all, each character once a font that has it."""
+    limit: int = 0
+    """At most so many rows, chosen by the seed; 0 for all."""
+    seed: int = 0
+    """Seed of the split and of the choice of rows."""
+
+
+Source = File | Pictures | Tar | Tfds | Functions | Glyphs

@@ -95,6 +95,10 @@ def open_source(source: config.Source) -> Source:
             return Files(source.path, open_shards(source.path))
         case config.Tfds():
             return Files(f"{source.name}:{source.split}", open_tfds(source))
+        case config.Glyphs():
+            from embedjax.data.glyphs import open_glyphs
+
+            return open_glyphs(source)
         case config.Functions():
             from embedjax.data.builtin import open_functions
 
