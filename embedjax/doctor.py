@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from embedjax import allocator
+from embedjax.runs import PACKAGES
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
 EXTRAS = {"tensorboardX": "embedjax[tensorboard]", "wandb": "embedjax[wandb]", "sentence_transformers": "embedjax[reference]"}
 
 

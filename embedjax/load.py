@@ -75,19 +75,31 @@ def assemble(
 
 
 def adapted(model: Model, name: str = "") -> Model:
-    """The model with one adapter in its kernels and no other left; without adapters simply the model.
+    """The model with one adapter in its kernels and no other left, nor heads of others; without adapters simply the model.
 
     The name may be left out where there is one adapter or one is called "default". Raises ConfigError for one it has not.
     """
     towers = model.config.towers
-    if name and not any(tower.lora for tower in towers.values()):
-        raise ConfigError(f"{model.origin} has no adapters; it was asked for {name!r}")
+    if not any(tower.lora for tower in towers.values()):
+        if name:
+            raise ConfigError(f"{model.origin} has no adapters; it was asked for {name!r}")
+        return model
     plain, params = dict(towers), dict(model.params["towers"])
     for key, tower in towers.items():
         if tower.lora:
             plain[key] = dataclasses.replace(tower, lora={})
             params[key] = plain_params(model, key, name)
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, towers=plain), params={"towers": params})
+    chosen = adapter_of(model.config, name)
+    heads = {key: dataclasses.replace(head, adapter="") for key, head in model.heads.items() if head.adapter == chosen}
+    config = dataclasses.replace(model.config, towers=plain)
+    return dataclasses.replace(model, config=config, params={"towers": params}, heads=heads)
+
+
+def adapter_of(model: configs.Model, name: str = "") -> str:
+    """The adapter that a name, or none, means to the towers that encode; empty where there is none, or it differs by tower.
+    Raises ConfigError as `adapted` does."""
+    found = {lora.chosen(model.towers[tower].lora, name) for tower in model.encoders} - {None}
+    return str(found.pop()) if len(found) == 1 else ""
 
 
 def plain_params(model: Model, tower: str, adapter: str = "") -> dict[str, Any]:
@@ -193,7 +205,8 @@ def heads_of(config: configs.Config, params: Mapping) -> dict[str, Head]:
             if isinstance(loss, configs.ClassHead):
                 kernel, bias = (np.asarray(params["loss"][task.name][leaf]) for leaf in ("kernel", "bias"))
                 labels = task.labels or tuple(map(str, range(len(bias))))
-                heads[task.name] = Head(labels, isinstance(loss, configs.ClassifyPair), loss.criterion, kernel, bias)
+                pair, adapter = isinstance(loss, configs.ClassifyPair), adapter_of(config.model, task.adapter)
+                heads[task.name] = Head(labels, pair, loss.criterion, kernel, bias, adapter)
     return heads
 
 

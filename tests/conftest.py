@@ -1,4 +1,4 @@
-"""Eight simulated devices, strict shapes, and the folder of real data sets for every test."""
+"""Eight simulated devices, no rank promoted unasked, and the folder of real data sets for every test."""
 
 import os
 import pathlib
@@ -11,7 +11,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Many tests, and the processes they start, compile the same small programs: they share them, also with the next session.
+# Many tests, and the processes they start, compile the same small programs: they share them, also with pytest's next run.
 CACHE = pathlib.Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")

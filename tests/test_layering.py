@@ -30,7 +30,7 @@ FORBIDDEN = {
     "launch": {"jax", "numpy"},
     "supervise": {"jax", "numpy", "embedjax"},
 }
-# Siblings may lean on these: `optim` on paths of `sharding` is a lower level already; the lock is taken by `runs`.
+# Grain imports jax, which data/ may not: one file of it does.
 GRAIN = "data/batches.py"
 
 

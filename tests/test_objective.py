@@ -102,8 +102,8 @@ def test_the_metrics_of_every_form_hold_the_cosine_of_the_positives_and_what_is_
         np.testing.assert_allclose((found["positive"], found["scale"], found["bias"]), (wanted, 10.0, -10.0), rtol=1e-4)
 
 
-def guided(tokenizer=""):
-    towers = {"text": config.Tower(arch=ARCH), "wise": config.Tower(arch=ARCH, tokenizer=tokenizer)}
+def guided(**wise):
+    towers = {"text": config.Tower(arch=ARCH), "wise": config.Tower(**{"arch": ARCH, **wise})}
     model = config.Model(towers, {name: "text" for name in ("anchor", "positive", "negative")})
     return model, {name: Embedder(ARCH) for name in towers}
 
@@ -127,13 +127,33 @@ def test_a_guide_masks_what_it_finds_close():
     unmasked = contrastive.loss(Pairs(outputs["anchor"], outputs["positive"]), Rule(), 20.0)[0]
     np.testing.assert_allclose(made.loss(trained, outputs, targets, None)[0], wanted, rtol=1e-5)
     assert abs(wanted - unmasked) > 1e-3
-    with pytest.raises(ConfigError, match="optim.freeze"):
-        made.targets({}, columns)
+    tables = {name: x for name, x in params["wise"]["encoder"].items() if name != "blocks"}
+    for constant in ({}, {"towers": {"wise": {"encoder": tables}}}):
+        with pytest.raises(ConfigError, match="guide 'wise' is trained; add .* to optim.freeze"):
+            made.targets(constant, columns)
 
 
-def test_a_guide_that_cannot_read_the_columns_is_refused():
-    model, embedders = guided(tokenizer="another")
-    with pytest.raises(ConfigError, match="share the tokenizer"):
-        make(config.MultipleNegatives(guide="wise"), ONE, model, embedders)
+@pytest.mark.parametrize(
+    ("wise", "told"),
+    [
+        ({"tokenizer": "another"}, r"share the tokenizer; they have \('another'"),
+        ({"arch": config.Static(vocab_size=32, width=16)}, "share special tokens, which static tables do without"),
+        ({"prompts": {"query": "q: "}}, "share the prompt of column 'anchor'; they have .'q: '"),
+        ({"prompts": {"d": "d: "}, "default_prompt": "d"}, "share the prompt of column 'anchor'"),
+        ({"prompts": {"document": "d: "}, "include_prompt": False}, "share the prompt of column 'positive'"),
+        ({"prompts": {"odd": "o: "}, "include_prompt": False, "max_length": 4}, ""),
+    ],
+)
+def test_a_guide_reads_the_tokens_of_the_columns_or_is_refused(wise, told):
+    model, embedders = guided(**wise)
+    loss = config.MultipleNegatives(guide="wise")
+    if not told:
+        make(loss, ONE, model, embedders)
+        return
+    with pytest.raises(ConfigError, match=told):
+        make(loss, ONE, model, embedders)
+
+
+def test_a_guide_that_is_no_tower_is_refused():
     with pytest.raises(ConfigError, match="nobody"):
         make(config.MultipleNegatives(guide="nobody"))

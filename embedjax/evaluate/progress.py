@@ -7,6 +7,8 @@ from typing import Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from embedjax.metrics.progress import duration
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -72,11 +74,3 @@ class Stages:
             self.__exit__()
             self.shown = Display(what, self.out)
         self.shown(done, total)
-
-
-def duration(seconds: float) -> str:
-    """`1h 02m`, `3m 20s` or `12s`."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
-    return f"{whole // 60}m {whole % 60:02d}s" if whole >= 60 else f"{whole}s"

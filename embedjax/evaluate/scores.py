@@ -53,11 +53,6 @@ def recall_at(gains: Gains, ideal: Gains, k: int) -> PerQuery:
     return _ratio((gains[:, :k] > 0).sum(1), (ideal > 0).sum(1))
 
 
-def precision_at(gains: Gains, k: int) -> PerQuery:
-    """The share of the first k that is relevant; missing ranks count as not relevant."""
-    return (gains[:, :k] > 0).sum(1) / k
-
-
 def binary(scores: Float[np.ndarray, " N"], right: Bool[np.ndarray, " N"]) -> dict[str, float]:
     """What similarities tell of a yes or no: average precision; the accuracy at the threshold best for it; F1, precision and
     recall at the threshold best for F1. Pairs above a threshold are taken for right; equal scores stay together.

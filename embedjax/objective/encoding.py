@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, UInt32
 
-from embedjax.config import Layers, Model, Pooled, Set
+from embedjax.config import Layers, Model, Pooled, Set, Static, Tower
 from embedjax.config.errors import ConfigError, nearest
 from embedjax.models.embedder import Embedder
 from embedjax.objective.kinds import combine
+from embedjax.sharding import path_of
 
 # What is drawn from the key that also draws dropout has a number of its own.
 LAYERS, PREFIXES = 1, 2
@@ -86,31 +87,52 @@ def _embed(embedder: Embedder, params, column, row, key, step_key, layers: Layer
 
 
 def frozen_tower(what: str, name: str, texts: tuple[str, ...], model: Model, embedders: Mapping[str, Embedder]) -> Callable:
-    """`(constants, columns) -> outputs`: the vectors of these columns by a frozen tower, which must tokenize as theirs do.
+    """`(constants, columns) -> outputs`: the vectors of these columns by a frozen tower. It reads the tokens that were made for
+    the columns' own towers, as far as these read, so it must tokenize and prompt as they do.
 
-    `what` calls it in errors. Raises ConfigError for a tower that is not there or reads other tokens.
+    `what` calls it in errors. Raises ConfigError for a tower that is not there or would read other tokens; when it is called,
+    for one of which a part is trained.
     """
     if name not in model.towers:
         raise ConfigError(f"the loss's {what} {name!r} is no tower; {nearest(name, model.towers)}")
-    tower = model.towers[name]
-    pieces = lambda t: (t.tokenizer or t.init, t.arch and t.arch.vocab_size, t.lowercase)
     for column in texts:
-        other = model.towers[model.tower_of(column)]
-        if pieces(other) != pieces(tower):
-            raise ConfigError(
-                f"{what} {name!r} must share the tokenizer of tower {model.tower_of(column)!r}, whose columns it reads: "
-                f"they have {tower.tokenizer or tower.init!r} and {other.tokenizer or other.init!r}"
-            )
+        _require_equal_tokens(what, name, column, model)
     embed = encoder(Model(model.towers, dict.fromkeys(("anchor", "positive"), name)), embedders)
 
     def encode(constants, columns):
-        if name not in constants.get("towers", {}):
-            raise ConfigError(f'{what} {name!r} is trained; add "^towers/{name}/" to optim.freeze')
+        _require_whole(what, name, constants.get("towers", {}).get(name, {}), embedders[name])
         found = candidates(columns)
         outputs = embed(constants["towers"], {column: found[column] for column in texts}, columns["row"], None)
         return jax.lax.stop_gradient(outputs)
 
     return encode
+
+
+def _require_equal_tokens(what: str, name: str, column: str, model: Model) -> None:
+    own = model.tower_of(column)
+    parts = {
+        "the tokenizer": lambda tower: (tower.tokenizer or tower.init, tower.arch and tower.arch.vocab_size, tower.lowercase),
+        "special tokens, which static tables do without": lambda tower: type(tower.arch) is Static,
+        f"the prompt of column {column!r}": lambda tower: _prompt(tower, column),
+    }
+    for part, of in parts.items():
+        theirs, ours = of(model.towers[name]), of(model.towers[own])
+        if theirs != ours:
+            shown = "" if isinstance(ours, bool) else f"; they have {theirs!r} and {ours!r}"
+            raise ConfigError(f"{what} {name!r} reads the tokens of tower {own!r}, so they must share {part}{shown}")
+
+
+def _prompt(tower: Tower, column: str) -> tuple[str, bool]:
+    """The text put before those of a column, and whether it is pooled."""
+    text = (tower.prompts or {}).get(tower.prompt_for(column) or "", "")
+    return text, not text or tower.include_prompt is not False
+
+
+def _require_whole(what: str, name: str, params: Mapping, embedder: Embedder) -> None:
+    """Raises ConfigError unless the constants hold all that the tower needs."""
+    paths = lambda tree: {path_of(key) for key, _ in jax.tree_util.tree_leaves_with_path(tree)}
+    if paths(jax.eval_shape(embedder.init, jax.random.key(0))) - paths(params):
+        raise ConfigError(f'{what} {name!r} is trained; add "^towers/{name}/" to optim.freeze')
 
 
 def require(task: Set, needed: Iterable[str], optional: Iterable[str]) -> None:

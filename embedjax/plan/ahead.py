@@ -33,7 +33,7 @@ def plan(
     tries: int = 8,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """The plan of a config on a topology: {"topology", "devices", "memory_limit", "steps": [...]}, with what to change
+    """The plan of a config on a topology: {"topology", "devices", "limit_bytes", "steps": [...]}, with what to change
     ("changes", at most `tries`) where a step does not fit, or the largest batch ("largest_batch") if it is searched.
 
     `memory` is the GiB a device has, the chip's own by default. Raises ConfigError for a wrong topology or config.

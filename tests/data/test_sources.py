@@ -543,6 +543,7 @@ assert "pyarrow" not in sys.modules and "fsspec" not in sys.modules and "tensorf
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.reference
 def test_real_files(data_dir):
     pairs = open_file(data_dir / "stsb_multi_mt" / "stsb-en-dev.csv.gz", names=("a", "b", "score"))
     assert len(pairs) == 1500 and all(0 <= float(pairs[i]["score"]) <= 5 for i in range(1500))

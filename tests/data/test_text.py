@@ -1,6 +1,5 @@
 """Texts: ids, masks, truncation that keeps the special tokens, prompts; tokenizer files; training that repeats itself."""
 
-import gzip
 import json
 import random
 import subprocess
@@ -14,15 +13,22 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from embedjax.config.errors import ConfigError, DataError
 from embedjax.data.text import BERT_SPECIALS, Texts, load_tokenizer, save_tokenizer, train_wordpiece
 
-CLS, SEP = 101, 102
+# As in BERT's own files [PAD] is 0 and the other special tokens stand further on. tests/reference has the real ones.
+TOKENS = "[PAD] [unused0] [unused1] [UNK] [CLS] [SEP] [MASK] ! ' ( ) , : ? 中 文 a e t una ##ffa ##ble"
+TOKENS += " counter ##re ##volution ##aries hello world word words some here query ask isn foo bar"
+TOKENS += " one two three four five six seven eight nine ten"
+IDS = {token: place for place, token in enumerate(TOKENS.split())}
+
+
+def ids_of(tokens):
+    return [IDS[token] for token in tokens.split()]
 
 
 @pytest.fixture(scope="module")
-def folder(data_dir, tmp_path_factory):
-    """A folder with nothing but the vocabulary of bert-base-uncased."""
+def folder(tmp_path_factory):
+    """A folder with nothing but the vocabulary of a lowercase BERT."""
     folder = tmp_path_factory.mktemp("vocabulary")
-    packed = (data_dir / "tokenizers" / "bert-base-uncased-vocab.txt.gz").read_bytes()
-    (folder / "vocab.txt").write_bytes(gzip.decompress(packed))
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in IDS), encoding="utf-8")
     return folder
 
 
@@ -37,7 +43,8 @@ def rows(columns):
 
 def test_known_ids(bert):
     columns = Texts(bert, 16).encode(["Hello wörld!", "", "unaffable"])
-    assert rows(columns) == [[CLS, 7592, 2088, 999, SEP], [CLS, SEP], [CLS, 14477, 20961, 3468, SEP]]
+    wanted = ["[CLS] hello world ! [SEP]", "[CLS] [SEP]", "[CLS] una ##ffa ##ble [SEP]"]
+    assert rows(columns) == [ids_of(tokens) for tokens in wanted]
     assert columns["ids"].dtype == np.int32
     assert columns["mask"].dtype == bool
     assert columns["ids"].shape == (3, 5)
@@ -47,7 +54,8 @@ def test_known_ids(bert):
 
 def test_padding_side_and_id(bert):
     columns = Texts(bert, 16, pad_side="left", pad_id=7).encode(["hello", "hello world"], length=6)
-    assert columns["ids"].tolist() == [[7, 7, 7, CLS, 7592, SEP], [7, 7, CLS, 7592, 2088, SEP]]
+    wanted = [[7] * 3 + ids_of("[CLS] hello [SEP]"), [7] * 2 + ids_of("[CLS] hello world [SEP]")]
+    assert columns["ids"].tolist() == wanted
     assert columns["mask"].tolist() == [[False] * 3 + [True] * 3, [False] * 2 + [True] * 4]
 
 
@@ -59,9 +67,9 @@ def test_truncation_keeps_the_special_tokens(bert, length):
     assert columns["ids"].shape == (1, length or 8)
     ids = rows(columns)[0]
     assert len(ids) == expected
-    assert ids[0] == CLS
-    assert ids[-1] == SEP
-    assert ids[1:-1] == [2028, 2048, 2093, 2176, 2274, 2416][: expected - 2]
+    assert ids[0] == IDS["[CLS]"]
+    assert ids[-1] == IDS["[SEP]"]
+    assert ids[1:-1] == ids_of("one two three four five six")[: expected - 2]
 
 
 def test_words_share_a_number(bert):
@@ -117,7 +125,7 @@ def test_a_text_cut_before_tokenizing_has_the_same_tokens(bert):
         assert texts._cuts
         whole = [tokenizer.encode(string).ids for string in strings]
         for length in (4, 32):
-            end = [SEP] if tokenizer is bert else []
+            end = [IDS["[SEP]"]] if tokenizer is bert else []
             expected = [ids if len(ids) <= length else ids[: length - len(end)] + end for ids in whole]
             assert rows(texts.encode(strings, length=length)) == expected
 
@@ -134,7 +142,8 @@ def test_the_tokenizers_own_truncation_and_padding_do_not_matter(bert):
 def test_prompt_is_put_before_and_counted(bert):
     texts = Texts(bert, 10, prompts={"query": "query: ", "plain": ""}, include_prompt=False)
     columns = texts.encode(["hello", "hello world"], prompt="query")
-    assert rows(columns) == [[CLS, 23032, 1024, 7592, SEP], [CLS, 23032, 1024, 7592, 2088, SEP]]
+    wanted = ["[CLS] query : hello [SEP]", "[CLS] query : hello world [SEP]"]
+    assert rows(columns) == [ids_of(tokens) for tokens in wanted]
     # [CLS], "query" and ":" are the prompt's; [SEP] stays
     assert columns["pool"].tolist() == [[False] * 3 + [True] * 2 + [False], [False] * 3 + [True] * 3]
     left = Texts(bert, 10, prompts={"query": "query: "}, include_prompt=False, pad_side="left").encode(
@@ -149,7 +158,7 @@ def test_prompt_is_put_before_and_counted(bert):
 def test_default_prompt(bert):
     texts = Texts(bert, 10, prompts={"query": "query: ", "plain": ""}, default_prompt="query")
     assert rows(texts.encode(["hello"])) == rows(texts.encode(["hello"], prompt="query"))
-    assert rows(texts.encode(["hello"], prompt="plain")) == [[CLS, 7592, SEP]]
+    assert rows(texts.encode(["hello"], prompt="plain")) == [ids_of("[CLS] hello [SEP]")]
 
 
 def test_threads_share_one(bert):
@@ -204,7 +213,7 @@ def test_vocabulary_folder_follows_its_config(folder, tmp_path):
     (tmp_path / "vocab.txt").write_bytes((folder / "vocab.txt").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     cased = load_tokenizer(tmp_path)
-    assert cased.encode("Hello hello").ids == [CLS, 100, 7592, SEP]
+    assert cased.encode("Hello hello").ids == ids_of("[CLS] [UNK] hello [SEP]")
 
 
 SENTENCES = [

@@ -12,7 +12,7 @@ from embedjax.config.errors import ConfigError, DataError
 from embedjax.evaluate import files
 from embedjax.evaluate.encode import Encoder, encode
 from embedjax.evaluate.files import encode_file
-from embedjax.evaluate.progress import Display, duration
+from embedjax.evaluate.progress import Display
 
 
 @pytest.fixture(scope="module")
@@ -159,4 +159,3 @@ def test_progress_in_plain_lines(capsys):
         display(1000, 1000)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("encode: 1,000 of 1,000 (100%), ")
-    assert [duration(s) for s in (3.2, 200, 3725)] == ["3s", "3m 20s", "1h 02m"]

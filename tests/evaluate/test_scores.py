@@ -4,11 +4,11 @@ import ir_measures
 import numpy as np
 import pytest
 import scipy.stats
-from ir_measures import AP, RR, P, R, nDCG
+from ir_measures import AP, RR, R, nDCG
 
 from embedjax.evaluate import scores
 
-MEASURES = {nDCG @ 10: "ndcg", RR @ 10: "mrr", AP @ 20: "map", R @ 1: "recall1", R @ 10: "recall10", P @ 5: "precision"}
+MEASURES = {nDCG @ 10: "ndcg", RR @ 10: "mrr", AP @ 20: "map", R @ 1: "recall1", R @ 10: "recall10"}
 
 
 def ours(ranked, judgements):
@@ -19,7 +19,6 @@ def ours(ranked, judgements):
         "map": scores.map_at(gains, ideal, 20),
         "recall1": scores.recall_at(gains, ideal, 1),
         "recall10": scores.recall_at(gains, ideal, 10),
-        "precision": scores.precision_at(gains, 5),
     }
 
 
