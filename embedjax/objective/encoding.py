@@ -47,8 +47,8 @@ def drawn(key: UInt32[Array, ""] | None, what: int, count: int, wanted: int) -> 
 
 
 def encoder(model: Model, embedders: Mapping[str, Embedder], layers: Layers | None = None) -> Callable:
-    """Encodes columns of texts `{name: {"ids": [B L] | [B C L], ...}}` and of pictures `{name: {"pixels": [B H W 3] | [B C H W 3]}}`;
-    those of one tower and length go through it in one call."""
+    """Encodes columns of texts `{name: {"ids": [B L] | [B C L], ...}}` and pictures `{name: {"pixels": [B (C) H W 3]}}`; those
+    of one tower and size go through it in one call."""
 
     def encode(towers, columns, row, key):
         groups: dict[tuple, list[str]] = {}
