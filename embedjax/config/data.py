@@ -31,6 +31,8 @@ class Set:
     """Names of the classes, in the order of their numbers, where the column `label` holds names or lists."""
     weight: float = 1.0
     """How often it is drawn, relative to the other sets, with data.mixing "weights"."""
+    several: tuple[str, ...] = ()
+    """Columns of texts that hold a list, such as the captions of a picture, of which each step draws one."""
     mine: Mine | None = None
     """Hard negatives that the model finds in training, in place of columns of the source."""
 
