@@ -14,7 +14,7 @@ class Vit:
     """ViT (Dosovitskiy et al. 2020), pre-norm; CLIP's and SigLIP's image towers are forms of it."""
 
     image: int = 224
-    """Side of the square picture, in pixels; a multiple of the patch."""
+    """Side of the square picture, in pixels; what is left of it beside whole patches goes unseen."""
     patch: int = 16
     """Side of a patch, in pixels."""
     width: int = 768
@@ -53,8 +53,8 @@ class Vit:
         for name in ("image", "patch", "width", "depth", "heads", "mlp"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Vit.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.image % self.patch:
-            raise ConfigError(f"Vit: image {self.image} is no multiple of patch {self.patch}")
+        if self.image < self.patch:
+            raise ConfigError(f"Vit: image {self.image} is smaller than patch {self.patch}")
         if self.width % self.heads:
             raise ConfigError(f"Vit: width {self.width} is not divisible by heads {self.heads}")
         if self.positions == "sincos" and self.width % 4:

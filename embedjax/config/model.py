@@ -7,7 +7,7 @@ from typing import Literal
 
 from embedjax.config.errors import ConfigError
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 PoolingName = Literal["mean", "cls", "max", "weightedmean", "lasttoken"]
 Dtype = Literal["float32", "bfloat16"]
 Similarity = Literal["cosine", "dot"]
@@ -57,6 +57,11 @@ class Transformer:
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{type(self).__name__}.{name} is {getattr(self, name)}; it must be in [0, 1)")
+
+    @property
+    def fills(self) -> bool:
+        """Whether texts are padded to max_length and padding counts as any token does."""
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +133,52 @@ class ModernBert(Transformer):
 
 
 @dataclasses.dataclass(frozen=True)
+class ClipText(Transformer):
+    """CLIP's text tower (Radford et al. 2021): pre-norm and causal; a text's vector is that of its last token ("lasttoken")."""
+
+    vocab_size: int = 49408
+    """Rows of the token table (V). The tokenizer must not be larger."""
+    width: int = 512
+    """Width of the residual stream (D)."""
+    heads: int = 8
+    """Attention heads (H); must divide the width."""
+    mlp: int = 2048
+    """Width inside the feed-forward part (F)."""
+    positions: int = 77
+    """Rows of the position table: the longest text."""
+    activation: Activation = "quick_gelu"
+    """Activation of the feed-forward part."""
+    norm_eps: float = 1e-5
+    """Added to the variance in layer normalisation."""
+    pad_id: int = 49407
+    """Token id of padding."""
+    eos_id: int = 49407
+    """Token id that the tokenizer ends a text with: other readers of the folder pool where it stands first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipText(Transformer):
+    """SigLIP's text tower (Zhai et al. 2023): pre-norm; a text's vector is that of the last place ("lasttoken"), which is
+    padding in most."""
+
+    vocab_size: int = 32000
+    """Rows of the token table (V). The tokenizer must not be larger."""
+    positions: int = 64
+    """Rows of the position table: the longest text."""
+    activation: Activation = "gelu_tanh"
+    """Activation of the feed-forward part."""
+    norm_eps: float = 1e-6
+    """Added to the variance in layer normalisation."""
+    pad_id: int = 1
+    """Token id of padding."""
+
+    @property
+    def fills(self) -> bool:
+        """Whether texts are padded to max_length and padding counts as any token does."""
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
 class Static:
     """A table of token vectors and no layers: a text is the mean of its tokens' vectors, without special tokens. It encodes
     hundreds of times faster than a transformer (sentence-transformers' StaticEmbedding, model2vec)."""
@@ -151,8 +202,13 @@ class Static:
         """Number of layers."""
         return 0
 
+    @property
+    def fills(self) -> bool:
+        """Whether texts are padded to max_length and padding counts as any token does."""
+        return False
 
-Architecture = Bert | Roberta | DistilBert | Mpnet | ModernBert | Static
+
+Architecture = Bert | Roberta | DistilBert | Mpnet | ModernBert | ClipText | SiglipText | Static
 
 
 @dataclasses.dataclass(frozen=True)

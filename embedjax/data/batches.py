@@ -175,7 +175,7 @@ class Batches:
         for values in self._values(None, draw, slice(self._mine.start, min(self._mine.start + rows, self._mine.stop))):
             shown = {}
             for name in self.layouts[draw.set].texts:
-                tower, (text,) = tower_column(name), self._drawn(step, name, [values[name]])
+                tower, (text,) = tower_column(name), self._one_of(step, name, [values[name]])
                 length = lengths[0] if name == "anchor" else lengths[1]
                 column = self.texts[tower].encode([text], length=length, prompt=self.prompts.get(tower))
                 ids = column["ids"][column["mask"]].tolist()
@@ -230,7 +230,7 @@ class Batches:
                 hashes = hash_pictures([p.encoded for p in pictures])
             else:
                 length = anchor if name == "anchor" else document
-                texts = self._drawn(step, name, [row[source] for row in values for source in sources])
+                texts = self._one_of(step, name, [row[source] for row in values for source in sources])
                 encoded = self.texts[name].encode(texts, length=length, prompt=self.prompts.get(name), **words)
                 hashes = hash_texts(texts)
             columns[name] = {key: leaf.reshape(*front, *leaf.shape[1:]) for key, leaf in encoded.items()}
@@ -243,7 +243,7 @@ class Batches:
         column = ("anchor", "positive", "negative").index(name)
         return [(self.seed, step, column, first + n) for n in range(count)]
 
-    def _drawn(self, step: int, name: str, values: Sequence[Any]) -> list[str]:
+    def _one_of(self, step: int, name: str, values: Sequence[Any]) -> list[str]:
         """The texts; of several one is drawn."""
         if not any(isinstance(value, list) for value in values):
             return [str(value) for value in values]

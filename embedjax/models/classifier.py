@@ -38,6 +38,7 @@ class Head:
 
     adapter: str = ""
     """The adapter whose embeddings it reads; empty for a model without, or as the model takes one when none is named."""
+
     def scores(self, *vectors: Float[np.ndarray, "B E"]) -> Float[np.ndarray, "B C"]:
         """The scores of texts, or pairs, from their embeddings or prefixes of these. Raises ConfigError for embeddings that the
         head cannot read."""
