@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from embedjax import config as configs
 from embedjax import saves
-from embedjax.config import ROLES, Static, Tower, serialize
+from embedjax.config import ROLES, ClipText, Static, Tower, serialize
 from embedjax.config.errors import ConfigError, StorageError
 from embedjax.data.text import Texts, load_tokenizer
 from embedjax.models import folders, layout, lora
@@ -117,6 +117,11 @@ def make_texts(tower: Tower, tokenizer: Path) -> Texts:
     size = loaded.get_vocab_size()
     if size > tower.arch.vocab_size:
         raise ConfigError(f"{tokenizer}: the tokenizer has {size} tokens; the tower's vocab_size is {tower.arch.vocab_size}")
+    if isinstance(tower.arch, ClipText) and (last := loaded.encode("").ids[-1:]) != [tower.arch.eos_id]:
+        raise ConfigError(
+            f"{tokenizer}: the tokenizer ends a text with token {last[0] if last else 'none'}; ClipText.eos_id is "
+            f"{tower.arch.eos_id}, where other readers would pool"
+        )
     return Texts(
         tokenizer=loaded,
         max_length=tower.max_length,
@@ -124,6 +129,7 @@ def make_texts(tower: Tower, tokenizer: Path) -> Texts:
         default_prompt=tower.default_prompt,
         include_prompt=tower.include_prompt is not False,
         pad_id=tower.arch.pad_id,
+        fills=tower.arch.fills,
     )
 
 

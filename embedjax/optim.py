@@ -29,8 +29,9 @@ DECAY: tuple[tuple[str, bool], ...] = (
     (r"/bias$", False),
 )
 
-# Tables and their norm, whose outputs the first layer reads. MPNet's table of relative positions is read by all layers.
-UNDER_LAYERS = r"^towers/([^/]+)/encoder/(?:tokens|positions|types|norm)/"
+# What makes the input of the first layer: tables, the projection of patches, their norm. MPNet's table of relative positions is
+# read by all layers.
+UNDER_LAYERS = r"^towers/([^/]+)/encoder/(?:tokens|positions|types|norm|patches|class|registers)/"
 
 
 def make(

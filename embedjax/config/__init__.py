@@ -1,7 +1,7 @@
 """Typed configs: frozen dataclasses that are replaced, never mutated. Imports no jax and no numpy."""
 
 from embedjax.config.data import Data, File, Functions, Glyphs, Pictures, Set, Source, Tar, Tfds
-from embedjax.config.image import Augment, ImageArchitecture, ImageTower, Pixels, Vit
+from embedjax.config.image import VITS, Augment, ImageArchitecture, ImageTower, Pixels, Vit
 from embedjax.config.losses import (
     AnglE,
     BatchAll,
@@ -148,6 +148,7 @@ __all__ = [
     "Transformer",
     "Triplet",
     "TripletAccuracy",
+    "VITS",
     "VectorDistillation",
     "Vit",
 ]

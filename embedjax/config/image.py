@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from embedjax.config.errors import ConfigError
 from embedjax.config.model import Activation, Dense, Dtype, Lora, Similarity
@@ -72,6 +72,30 @@ class Vit:
 
 
 ImageArchitecture = Vit
+
+_SIZES = {  # width, depth, heads, mlp: Touvron et al. 2021 (Ti, S), Dosovitskiy et al. 2020, Alabdulmohsin et al. 2023 (So400m)
+    "Ti": (192, 12, 3, 768),
+    "S": (384, 12, 6, 1536),
+    "B": (768, 12, 12, 3072),
+    "L": (1024, 24, 16, 4096),
+    "H": (1280, 32, 16, 5120),
+    "So400m": (1152, 27, 16, 4304),
+}
+_FORMS: dict[str, dict[str, Any]] = {
+    "vit": {},
+    "clip": {"input_norm": True, "patch_bias": False, "norm_eps": 1e-5},
+    "siglip": {"pool": "map", "activation": "gelu_tanh"},
+}
+_OPENAI = ("clip-B/32", "clip-B/16", "clip-L/14")  # whose released weights have another activation
+
+VITS: dict[str, Vit] = {
+    f"{form}-{size}/{patch}": Vit(
+        224, patch, *_SIZES[size], **parts, **({"activation": "quick_gelu"} if f"{form}-{size}/{patch}" in _OPENAI else {})
+    )
+    for form, parts in _FORMS.items()
+    for size, patch in (("Ti", 16), ("S", 16), ("B", 32), ("B", 16), ("L", 16), ("L", 14), ("H", 14), ("So400m", 14))
+}
+"""Published sizes at 224 pixels, by form, size and patch: VITS["clip-B/32"], VITS["siglip-So400m/14"], VITS["vit-S/16"]."""
 
 
 @dataclasses.dataclass(frozen=True)

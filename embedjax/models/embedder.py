@@ -20,6 +20,7 @@ from embedjax.models.output import Output, Want, spread
 
 __all__ = ["Embedder", "ImageEmbedder", "Output", "Want", "build_embedder"]
 
+
 @dataclasses.dataclass(frozen=True)
 class Embedder:
     """How one tower turns token ids into embeddings."""
