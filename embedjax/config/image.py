@@ -86,15 +86,16 @@ _FORMS: dict[str, dict[str, Any]] = {
     "clip": {"input_norm": True, "patch_bias": False, "norm_eps": 1e-5},
     "siglip": {"pool": "map", "activation": "gelu_tanh"},
 }
-_OPENAI = ("clip-B/32", "clip-B/16", "clip-L/14")  # whose released weights have another activation
+_OPENAI: dict[str, dict[str, Any]] = dict.fromkeys(("clip-B/32", "clip-B/16", "clip-L/14"), {"activation": "quick_gelu"})
 
-VITS: dict[str, Vit] = {
-    f"{form}-{size}/{patch}": Vit(
-        224, patch, *_SIZES[size], **parts, **({"activation": "quick_gelu"} if f"{form}-{size}/{patch}" in _OPENAI else {})
-    )
-    for form, parts in _FORMS.items()
-    for size, patch in (("Ti", 16), ("S", 16), ("B", 32), ("B", 16), ("L", 16), ("L", 14), ("H", 14), ("So400m", 14))
-}
+
+def _preset(form: str, size: str, patch: int) -> tuple[str, Vit]:
+    name = f"{form}-{size}/{patch}"
+    return name, Vit(224, patch, *_SIZES[size], **_FORMS[form] | _OPENAI.get(name, {}))
+
+
+_PATCHES = (("Ti", 16), ("S", 16), ("B", 32), ("B", 16), ("L", 16), ("L", 14), ("H", 14), ("So400m", 14))
+VITS: dict[str, Vit] = dict(_preset(form, *sizes) for form in _FORMS for sizes in _PATCHES)
 """Published sizes at 224 pixels, by form, size and patch: VITS["clip-B/32"], VITS["siglip-So400m/14"], VITS["vit-S/16"]."""
 
 

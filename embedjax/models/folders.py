@@ -6,8 +6,6 @@ that of 5.4 and later (other class paths, `pooling_mode`, the tokenizer's model_
 a folder of its own, FOLDER/query and FOLDER/document.
 """
 
-import dataclasses
-import math
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,7 +15,7 @@ import numpy as np
 from embedjax.config import Architecture, Dense, Static, Tower
 from embedjax.config.errors import ConfigError, nearest
 from embedjax.config.model import PoolingName, Similarity
-from embedjax.models.families import FAMILIES, family_of
+from embedjax.models.families import FAMILIES, described, family_of
 from embedjax.models.families.static import from_model2vec
 from embedjax.models.jsonfile import get, read_json
 from embedjax.models.layout import Layout, is_route, layout
@@ -125,21 +123,7 @@ def read_arch(folder: Path) -> Architecture:
     kind = get(config, "model_type", str, "", file=file)
     if kind not in FAMILIES:
         raise ConfigError(f"{file}: model_type {kind!r} is not supported; {nearest(kind, FAMILIES)}")
-    try:
-        arch = FAMILIES[kind].from_hf(config)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
-    except KeyError as error:
-        raise ConfigError(f"{file} has no {error}, which a {kind} needs") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{file} does not describe a {kind}: {error}") from error
-    for field in dataclasses.fields(arch):
-        value, number = getattr(arch, field.name), {int: (int,), float: (int, float)}.get(field.type)
-        if number and (type(value) not in number or not math.isfinite(value)):
-            raise ConfigError(
-                f"{file}: {value!r} ({field.name}) should be of type {getattr(field.type, '__name__', field.type)}"
-            )
-    return arch
+    return described(FAMILIES[kind], config, file=file)
 
 
 def _read_pooling(folder: Path, width: int) -> dict[str, Any]:

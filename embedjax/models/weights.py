@@ -85,17 +85,17 @@ def from_tensors(
 
     Raises one ConfigError that lists, under the name of `file`, every unknown, missing, doubly set and misshapen tensor.
     """
-    if len(tensors) < arch.depth:  # before names are made for each layer: a damaged config may speak of any number
-        raise ConfigError(f"{file} holds {len(tensors)} tensors, fewer than the {arch.depth} layers of its config")
-    found, complaints = sort_out(arch, tensors)
+    found, complaints = sort_out(arch, tensors, file=file)
     refuse(complaints, type(arch).__name__, file=file)
     return assemble(arch, found)
 
 
 def sort_out(
-    arch: Architecture | ImageArchitecture, tensors: Mapping[str, np.ndarray]
+    arch: Architecture | ImageArchitecture, tensors: Mapping[str, np.ndarray], *, file: str | Path
 ) -> tuple[dict[str, np.ndarray], Complaints]:
     """The tensors that are an encoder's, by the names of its table, and what is wrong with all of them."""
+    if len(tensors) < arch.depth:  # before names are made for each layer: a damaged config may speak of any number
+        raise ConfigError(f"{file} holds {len(tensors)} tensors, fewer than the {arch.depth} layers of its config")
     found, twice, unknown = _by_name(names_of(arch), tensors, arch.depth)
     missing, misshapen = [], []
     for name, shape in _expected(arch).items():
@@ -126,7 +126,7 @@ def assemble(arch: Architecture | ImageArchitecture, found: Mapping[str, np.ndar
         layers = [found.get(row.theirs.format(layer=n)) for n in (range(arch.depth) if row.stacked else [0])]
         parts = [_to_ours(row, np.ones(arch.width, np.float32) if layer is None else layer) for layer in layers]
         for path, values in zip(_paths(row), zip(*parts, strict=True), strict=True):
-            _set(params, path, np.stack(values) if row.stacked else values[0])
+            put(params, path, np.stack(values) if row.stacked else values[0])
     return params
 
 
@@ -220,11 +220,12 @@ def _ours_of(row: Row, shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape) // last, last
 
 
-def _set(tree: dict[str, Any], path: str, value: np.ndarray) -> None:
+def put(tree: dict[str, Any], path: str, value: np.ndarray) -> None:
+    """Sets a leaf of nested dicts by its path, contiguous."""
     *parents, leaf = path.split("/")
     for parent in parents:
         tree = tree.setdefault(parent, {})
-    tree[leaf] = np.ascontiguousarray(value)
+    tree[leaf] = np.asarray(value, order="C")  # unlike ascontiguousarray it leaves scalars be
 
 
 def _some(names: Iterable[str], most: int = 12) -> str:

@@ -7,8 +7,14 @@ back, which a static table has not. Those of texts have `longest(arch)`, the mos
 encoder for pictures of another size; their `names(arch)` depends on the architecture's form.
 """
 
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+from embedjax.config.errors import ConfigError
 from embedjax.config.image import ImageArchitecture, Vit
 from embedjax.config.model import (
     Architecture,
@@ -62,4 +68,25 @@ def family_of(arch: Architecture | ImageArchitecture) -> ModuleType:
 def names_of(arch: Architecture | ImageArchitecture) -> Names:
     """The table of names of an architecture."""
     found = family_of(arch).names
-    return found(arch) if callable(found) else found
+    return found if isinstance(found, Names) else found(arch)
+
+
+def described(family: ModuleType, config: Mapping[str, Any], *, file: str | Path) -> Any:
+    """The architecture that a config.json of a family describes; whatever is wrong with it is a ConfigError that names the
+    file."""
+    kind = config.get("model_type")
+    try:
+        arch = family.from_hf(config)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    except KeyError as error:
+        raise ConfigError(f"{file} has no {error}, which a {kind} needs") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{file} does not describe a {kind}: {error}") from error
+    for field in dataclasses.fields(arch):
+        value, number = getattr(arch, field.name), {int: (int,), float: (int, float)}.get(field.type)
+        if number and (type(value) not in number or not math.isfinite(value)):
+            raise ConfigError(
+                f"{file}: {value!r} ({field.name}) should be of type {getattr(field.type, '__name__', field.type)}"
+            )
+    return arch

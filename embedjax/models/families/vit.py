@@ -59,7 +59,7 @@ class Tower(nn.Module):
             PreNormBlock(spec, parent=None),
             dropout(x_BLD, c.dropout, seed_BL, 3),
             per_layer=jnp.arange(c.depth),
-            view=lambda layer: View(NO_BIAS, layer_seeds(seed_BL, layer)),
+            view=lambda layer: View(no_bias(), layer_seeds(seed_BL, layer)),
             want_layers=want_layers,
         )
         x_BLD = LayerNorm(c.norm_eps, name="final_norm")(x_BLD)
@@ -106,12 +106,14 @@ class AttentionPool(nn.Module):
         s, (B, _, D) = self.spec, x_BLD.shape
         dense = lambda features, name: Dense(features, s.compute, s.use_bias, s.init_std, name=name)
         probe_11D = Embed(1, D, s.init_std, name="probe")(jnp.zeros((1, 1), jnp.int32))
-        y_B1D = Attention(s, name="attn")(jnp.broadcast_to(probe_11D, (B, 1, D)), View(NO_BIAS), x_BLD)
+        y_B1D = Attention(s, name="attn")(jnp.broadcast_to(probe_11D, (B, 1, D)), View(no_bias()), x_BLD)
         h_B1F = ACTIVATIONS[s.activation](dense(s.mlp, "up")(LayerNorm(s.norm_eps, name="mlp_norm")(y_B1D)))
         return (y_B1D + dense(D, "down")(h_B1F))[:, 0].astype(jnp.float32)
 
 
-NO_BIAS = np.zeros((1, 1, 1, 1), np.float32)
+def no_bias() -> Float[Array, "1 1 1 1"]:
+    """Of attention that hides nothing."""
+    return jnp.zeros((1, 1, 1, 1), jnp.float32)
 
 
 def pool(arch: Vit, encoder: Mapping[str, Any], tokens_BLD: Float[Array, "B L D"], *, compute: str) -> Float[Array, "B D"]:
