@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from embedjax import sharding
-from embedjax.config import VITS, Augment, Dense, ImageTower, Mesh, Pixels, Vit
+from embedjax import optim, sharding
+from embedjax.config import VITS, Augment, Dense, ImageTower, Lora, Mesh, Model, Pixels, Vit
 from embedjax.config.errors import ConfigError
+from embedjax.models import lora, weights
 from embedjax.models.augment import jitter, uniform
 from embedjax.models.embedder import build_embedder
 from embedjax.models.families import vit
@@ -367,3 +369,21 @@ def test_presets():
     assert count("clip-B/32") == 87_456_000  # CLIPVisionModel of openai/clip-vit-base-patch32
     assert count("siglip-B/16") == 92_884_224  # SiglipVisionModel of google/siglip-base-patch16-224
     assert count("vit-B/16") == 85_798_656  # google/vit-base-patch16-224 without its classifier
+
+
+def test_adapters_and_frozen_layers_find_their_paths():
+    arch = FORMS["map"]
+    params = init(ImageEmbedder(arch))
+    adapters = {"a": Lora(rank=2)}
+    pairs = lora.init(adapters, params["encoder"], jax.random.key(1))
+    kernels = {sharding.path_of(path[:-1]) for path, _ in jax.tree_util.tree_leaves_with_path(pairs)}
+    assert kernels == {f"a/{place}/attn/{part}/kernel" for place in ("blocks", "head") for part in ("query", "value")}
+    trained = jax.tree.map(lambda x: x + 0.1, pairs)
+    merged = lora.merged(params | {"lora": trained}, adapters, "a")
+    assert (
+        np.abs(run(merged, embedder=ImageEmbedder(arch)).pooled - run(params, embedder=ImageEmbedder(arch)).pooled).max() > 0.01
+    )
+    (rule,) = optim.constant(Model({"image": ImageTower(arch=arch, freeze_layers=1)}), ())  # type: ignore[arg-type]
+    frozen = {path for path in weights.flatten({"towers": {"image": params}}) if re.search(rule, path)}
+    parts = ("patches/kernel", "positions/embedding", "registers/embedding", "norm/scale", "norm/bias")
+    assert frozen == {f"towers/image/encoder/{part}" for part in parts}
