@@ -12,18 +12,23 @@ import numpy as np
 import optax
 
 from embedjax import distributed, objective, optim, sharding, step
-from embedjax.config import Config, Tower, Transformer
+from embedjax.config import Config, HeadAccuracy, Tower, Transformer
 from embedjax.config.errors import ConfigError, nearest
 from embedjax.data.batches import Batches
 from embedjax.data.columns import is_text
 from embedjax.data.mined import Mined
 from embedjax.data.sources import BadRow, open_source
 from embedjax.data.text import Texts, save_tokenizer, train_wordpiece
+from embedjax.evaluate import tasks
+from embedjax.evaluate.encode import asked
+from embedjax.evaluate.tasks.heads import HeadData, head_of
 from embedjax.export import check_format
-from embedjax.load import make_texts, resolve_tower, tokenizer_folders
+from embedjax.load import heads_of, make_texts, resolve_tower, tokenizer_folders
 from embedjax.metrics.pace import train_flops
 from embedjax.models import folders, lora
+from embedjax.models.classifier import Head
 from embedjax.models.embedder import Embedder, build_embedder
+from embedjax.models.families.static import LONGEST
 
 # Rows whose text a "wordpiece" tokenizer is trained on: more changes its pieces little and costs seconds.
 TOKENIZER_ROWS = 8_000
@@ -64,9 +69,6 @@ def resolve(config: Config, known: Config | None = None) -> Config:
         raise ConfigError("model.towers is empty; name at least one tower")
     if not config.data.sets:
         raise ConfigError("data.sets is empty; name at least one data set")
-    for column, name in config.model.columns.items():
-        if name not in config.model.towers:
-            raise ConfigError(f"model.columns gives {column!r} to tower {name!r}; {nearest(name, config.model.towers)}")
     stored = known.model.towers if known else {}
     towers = {name: resolve_tower(tower, stored.get(name)) for name, tower in config.model.towers.items()}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, towers=towers))
@@ -74,13 +76,20 @@ def resolve(config: Config, known: Config | None = None) -> Config:
     sets = tuple(objective.resolve(task, config.model, known_sets.get(task.name)) for task in config.data.sets)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sets=sets))
     _check_towers(config)
+    objective.first_values(config.data.tasks, config.model)  # raises where sets differ
     _check_adapters(config)
+    _check_prompts(config)
+    _check_tasks(config)
     return config
 
 
 def _check_towers(config: Config) -> None:
-    """What the towers of one model must agree in."""
+    """What the towers of one model must agree in, and that each has something to do."""
     model = config.model
+    losses = [loss for task in config.data.sets for loss in (task.loss, *getattr(task.loss, "losses", ()))]
+    guides = {getattr(loss, field, "") for loss in losses for field in ("guide", "teacher")}
+    if idle := sorted(model.towers.keys() - {*model.encoders} - guides):
+        raise ConfigError(f"tower {idle[0]!r} encodes no column, nor does it guide or teach; give it one in model.columns")
     if "negative" in model.columns and (other := model.tower_of("positive")) != model.columns["negative"]:
         raise ConfigError(
             f"model.columns gives negatives to tower {model.columns['negative']!r}; they go where positives do, to {other!r}"
@@ -91,26 +100,74 @@ def _check_towers(config: Config) -> None:
             f"the towers' vectors are compared with each other, but have {widths} numbers; end the wider tower in a "
             'Dense(..., activation="identity")'
         )
+    for name in model.encoders:
+        if model.towers[name].max_length == LONGEST and not config.data.buckets:
+            raise ConfigError(f"tower {name!r} takes texts of any length, but batches are of one: set its max_length")
     _ = model.similarity  # raises where towers differ
     if config.export.format != "none":
         check_format(model, config.export.format)
 
 
 def _check_adapters(config: Config) -> None:
-    """Every set, every evaluation and the export must know their adapter now, not at the end of the run."""
-    asked = {f"set {task.name!r}": task.adapter for task in config.data.sets}
-    asked |= {"export": config.export.adapter} if config.export.format != "none" else {}
+    """Every set and the export must know their adapter now, not at the end of the run."""
+    named = {f"set {task.name!r}": task.adapter for task in config.data.sets}
+    named |= {"export": config.export.adapter} if config.export.format != "none" else {}
     towers = {name: config.model.towers[name].lora for name in config.model.encoders}
-    for what, name in asked.items():
+    for what, name in named.items():
         if name and not any(towers.values()):
             raise ConfigError(f"{what} names the adapter {name!r}; no tower has `lora`")
     for tower, adapters in towers.items():
-        also = {f"evaluation task {t.name!r}": t.prompt if t.prompt in adapters else "" for t in config.evaluate.tasks}
-        for what, name in (asked | also).items():
+        for what, name in named.items():
             try:
                 lora.chosen(adapters, name)
             except ConfigError as error:
                 raise ConfigError(f"{what}, tower {tower!r}: {error}") from error
+
+
+def _check_prompts(config: Config) -> None:
+    """A set's prompt must be one of a tower that reads it, for one side at least."""
+    for task in config.data.sets:
+        towers = {column: config.model.towers[config.model.tower_of(column)] for column in task.names if is_text(column)}
+        if task.prompt and not any(tower.prompt_named(task.prompt, column) for column, tower in towers.items()):
+            known = sorted({name for tower in towers.values() for name in tower.prompts or {}})
+            raise ConfigError(
+                f"set {task.name!r}: no tower of its texts has a prompt {task.prompt!r}; {nearest(task.prompt, known)}"
+            )
+
+
+def _check_tasks(config: Config) -> None:
+    """What every evaluation asks of the model must be there now, not at its first evaluation: prompt or adapter, dims, head."""
+    heads = _untrained_heads(config)
+    for task in config.evaluate.tasks:
+        for column in task.sides:
+            name = config.model.tower_of(column)
+            tower = config.model.towers[name]
+            try:
+                _, adapter = asked(config.model, column, task=task.prompt or None)
+                lora.chosen(tower.lora, adapter)
+                if max(task.dims, default=0) > tower.width:
+                    raise ConfigError(f"dims holds {max(task.dims)}; its vectors have {tower.width} numbers")
+            except ConfigError as error:
+                raise ConfigError(f"evaluation task {task.name!r}, tower {name!r}: {error}") from error
+        if isinstance(task, HeadAccuracy):
+            head_of(task, heads, f"run {config.name!r}", config.model)
+
+
+def _untrained_heads(config: Config) -> dict[str, Head]:
+    """The class heads as the run will have them, all zeros; made only where one is evaluated."""
+    if not any(isinstance(task, HeadAccuracy) for task in config.evaluate.tasks):
+        return {}
+    shapes = jax.eval_shape(lambda: _loss_params(config, {n: build_embedder(t) for n, t in config.model.towers.items()}))
+    return heads_of(config, {"loss": jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)})
+
+
+def prepare(config: Config) -> tuple[tasks.TaskData, ...]:
+    """The evaluation tasks of a resolved config, read. Labels that a head will not know are an error now, not at the end."""
+    prepared, heads = tasks.prepare(config.evaluate.tasks), _untrained_heads(config)
+    for data in prepared:
+        if isinstance(data, HeadData):
+            data.of(heads, f"run {config.name!r}", config.model)
+    return prepared
 
 
 def build(config: Config, folder: Path) -> Run:
@@ -181,10 +238,15 @@ def _random_params(config: Config, embedders: dict[str, Embedder]) -> dict:
         towers[name] = embedders[name].init(own)
         if adapters := config.model.towers[name].lora:
             towers[name]["lora"] = lora.init(adapters, towers[name]["encoder"], jax.random.fold_in(own, 0))
-    losses = {}
+    losses = _loss_params(config, embedders)
+    return {"towers": towers, **({"loss": losses} if losses else {})}
+
+
+def _loss_params(config: Config, embedders: dict[str, Embedder]) -> dict:
+    key, losses = jax.random.key(config.seed), {}
     for i, task in enumerate(config.data.tasks, len(embedders)):
         losses |= objective.loss_params(task, config.model, embedders, jax.random.fold_in(key, i))
-    return {"towers": towers, **({"loss": losses} if losses else {})}
+    return losses
 
 
 def _init(config: Config, embedders, tx, mesh) -> tuple[step.TrainState, dict]:
@@ -258,7 +320,10 @@ def _batches(
         config.data,
         [sources[task.name] for task in config.data.sets],
         {column: texts[tower] for column, tower in towers.items()},
-        {column: config.model.towers[tower].prompt_for(column) for column, tower in towers.items()},
+        [
+            {column: config.model.towers[tower].prompt_for(column, task.prompt) for column, tower in towers.items()}
+            for task in config.data.sets
+        ],
         seed=config.seed,
         steps=config.steps,
         mined=mined,

@@ -5,6 +5,8 @@ Knows neither towers nor optimisers: a state is any tree of arrays, addressed by
     <step>/state/                    Orbax, OCDBT; all processes write into it, and it appears by one rename
     <step>/meta.json                 position, config, metrics; path, shape and type of every array
     <step>/manifest-0-of-2.json      size and SHA-256 of this process's share of the files above; written last
+    <step>/metrics.json              scores of the step, in place of those of meta.json, and their SHA-256: a save does not wait
+                                     for them, so that an evaluation that fails costs no training
 
 A save counts once the manifests of all its processes are there. Nothing is removed before its successor counts, so a kill
 at any moment loses the save in flight and no other.
@@ -31,6 +33,8 @@ from flax import traverse_util
 from embedjax.config.errors import EmbedjaxError, StorageError
 from embedjax.distributed import gather
 from embedjax.sharding import path_of
+
+METRICS = "metrics.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +94,7 @@ class Checkpoints:
         if self._agreed("a save", int(step in self.steps())):
             return False
         flat = _flat(state)
-        finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
-        record = Record(step, position, dict(config), finite, {path: _described(x) for path, x in flat.items()})
+        record = Record(step, position, dict(config), _finite(metrics or {}), {path: _described(x) for path, x in flat.items()})
         folder = self._folder / str(step)
         self._begin(folder, record)
         try:
@@ -101,6 +104,23 @@ class Checkpoints:
             raise _failed(folder, error) from error
         self._thread = threading.Thread(target=self._finish, args=(folder,), name="manifest")
         self._thread.start()
+        return True
+
+    def annotate(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Gives a save the scores of its step, in place of those it had; waits for the save in flight. False if `step` is not
+        saved. Metrics that are not finite are left out. Raises StorageError."""
+        self.wait()
+        if not self._agreed("the scores of a save", int(step in self.steps())):
+            return False
+        error = None
+        if jax.process_index() == 0:
+            scores = _finite(metrics)
+            try:
+                _write_json(self._folder / str(step) / METRICS, {"metrics": scores, "sha256": _digest_of(scores)})
+                self._prune()  # the best may be another one now
+            except OSError as found:
+                error = _failed(self._folder / str(step) / METRICS, found)
+        gather("the end of the scores of a save", error=error, limit=self._limit)
         return True
 
     def restore(self, step: int | None, abstract: Any) -> tuple[Any, Record]:
@@ -145,9 +165,11 @@ class Checkpoints:
         """What was saved beside the arrays of a step. Raises StorageError if it cannot be read."""
         file = self._folder / str(step) / "meta.json"
         try:
-            return Record(**json.loads(file.read_text()))
+            record = Record(**json.loads(file.read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise StorageError(f"{file} cannot be read: {_line(error)}") from error
+        scores = _scores(file.with_name(METRICS))
+        return record if scores is None else dataclasses.replace(record, metrics=scores)
 
     def wait(self) -> None:
         """Returns when the save in flight counts, on all processes. Raises StorageError if it failed on any."""
@@ -286,21 +308,43 @@ def _complete(folder: Path) -> bool:
 
 
 def _write_manifest(folder: Path) -> None:
-    """Hashes every nth file of a finished save, n processes, and writes this process's manifest in one rename."""
+    """Hashes every nth file of a finished save, n processes, and writes this process's manifest."""
     index, count = jax.process_index(), jax.process_count()
     names = _names(folder)
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)} for name in names[index::count]}
-    manifest = folder / f"manifest-{index}-of-{count}.json"
-    temporary = manifest.with_suffix(".tmp")
+    _write_json(folder / f"manifest-{index}-of-{count}.json", {"total": len(names), "files": files})
+
+
+def _write_json(file: Path, value: Any) -> None:
+    """Into a folder of a save, in one rename, and on the disk when it returns."""
+    temporary, folder = file.with_suffix(".tmp"), file.parent
     with temporary.open("w") as out:
-        json.dump({"total": len(names), "files": files}, out, indent=1)
+        json.dump(value, out, indent=1)
         out.flush()
         os.fsync(out.fileno())
-    temporary.rename(manifest)
+    temporary.rename(file)
     for parent in (folder, folder.parent):  # the renames themselves
         descriptor = os.open(parent, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+
+
+def _scores(file: Path) -> dict[str, float] | None:
+    """What `annotate` wrote, None if nothing. Raises StorageError for what has changed since."""
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_text())
+        scores, wanted = content["metrics"], content["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{file} cannot be read: {_line(error)}") from error
+    if _digest_of(scores) != wanted:
+        raise StorageError(f"{file} has changed: its SHA-256 is not the one saved")
+    return scores
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
 
 
 def _names(folder: Path) -> list[str]:
@@ -338,11 +382,19 @@ def _problems(folder: Path) -> Iterator[str]:
                 yield f"{file} has changed: its SHA-256 is not the one saved"
         except (OSError, KeyError, TypeError) as error:
             yield f"{file} cannot be read: {_line(error)}"
+    try:
+        _scores(folder / METRICS)
+    except StorageError as error:
+        yield str(error)
 
 
 def _digest(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _digest_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _remove(folder: Path) -> None:

@@ -12,6 +12,8 @@ import tyro
 from embedjax import supervise
 from embedjax.config import Bert, Config, Data, Evaluate, Model, Retrieval, Set, Tower
 from embedjax.config.errors import CheckFailed, ConfigError
+from embedjax.config.overrides import one_line, parse
+from embedjax.config.run import run_folder
 
 # What `train --help` without a config file shows the fields of.
 EXAMPLE = Config(model=Model({"text": Tower(arch=Bert())}), data=Data(sets=(Set(),)), evaluate=Evaluate(tasks=(Retrieval(),)))
@@ -22,8 +24,8 @@ class Train:
     """Trains an experiment, or goes on with the one in its run folder."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
-    run_dir: Path | None = None
-    """Run folder (default runs/NAME)."""
+    run_dir: str = ""
+    """Run folder, on a file system (default runs/NAME)."""
     fresh: bool = False
     """Move an old run in the folder aside and start anew."""
     dry_run: bool = False
@@ -35,9 +37,8 @@ class Train:
 def train(arguments: Sequence[str]) -> None:
     """train CONFIG [options]"""
     config, rest, shown = _config_of("train", arguments)
-    options = tyro.cli(
-        Train, default=Train(config), args=rest, prog=f"embedjax train {shown}", config=(tyro.conf.AvoidSubcommands,)
-    )
+    options = parse(Train, rest, prog=f"embedjax train {shown}", default=Train(config))
+    folder = run_folder(options.run_dir) if options.run_dir else None
     if options.dry_run:
         from embedjax.preview import preview
 
@@ -50,7 +51,7 @@ def train(arguments: Sequence[str]) -> None:
     _let_the_first_speak()
     from embedjax.train import train as run  # not before: importing it touches the devices
 
-    run(options.config, options.run_dir, fresh=options.fresh, profile=_steps(options.profile))
+    run(options.config, folder, fresh=options.fresh, profile=_steps(options.profile))
 
 
 def _config_of(command: str, arguments: Sequence[str]) -> tuple[Config, list[str], str]:
@@ -87,9 +88,10 @@ def _steps(text: str) -> range | None:
 
 def evaluate(arguments: Sequence[str]) -> None:
     """evaluate MODEL --task TASK --data FILE"""
-    from embedjax.evaluate.arguments import parse
+    from embedjax.evaluate import arguments as reading
 
-    name, task = parse(arguments)
+    with one_line():
+        name, task = reading.parse(arguments)
     from embedjax.config import Mesh
     from embedjax.evaluate import tasks
     from embedjax.load import load
@@ -124,7 +126,7 @@ def encode(arguments: Sequence[str]) -> None:
         """
         return model, input, output, column, kind, task
 
-    name, source, output, column, kind, task = tyro.cli(command, args=arguments, prog="embedjax encode")
+    name, source, output, column, kind, task = parse(command, arguments, prog="embedjax encode")
     from embedjax.config import Mesh
     from embedjax.evaluate.files import encode_file
     from embedjax.evaluate.progress import Display
@@ -154,7 +156,7 @@ def search(arguments: Sequence[str]) -> None:
         corpus: str,
         column: str = "",
         k: int = 5,
-        adapter: str = "",
+        task: str = "",
     ) -> tuple:
         """Prints the texts of a corpus nearest to a query.
 
@@ -164,29 +166,31 @@ def search(arguments: Sequence[str]) -> None:
             corpus: File of texts (.txt, .jsonl, .csv, .tsv, .parquet), or a folder whose Python functions are the texts.
             column: Column of the texts (default: the only one, or "text").
             k: How many to print.
-            adapter: Name of the adapter to encode with, of a run that has several.
+            task: Name of one of the model's prompts, of one of its adapters, or of both, as `encode` has it.
         """
-        return model, query, corpus, column, k, adapter
+        return model, query, corpus, column, k, task
 
-    name, query, path, column, k, adapter = tyro.cli(command, args=arguments, prog="embedjax search")
+    name, query, path, column, k, task = parse(command, arguments, prog="embedjax search")
     from embedjax import search as finder
     from embedjax.config import Mesh
     from embedjax.evaluate.progress import Display
-    from embedjax.load import adapted, load
+    from embedjax.load import load
     from embedjax.sharding import make_mesh
 
-    model, corpus = adapted(load(name), adapter), finder.open_corpus(path, column or None)
+    model, corpus = load(name), finder.open_corpus(path, column or None)
     with Display("encode the corpus") as progress:
         mesh = make_mesh(Mesh())
-        hits = finder.search(model, corpus, query, k, mesh=mesh, cache=finder.cache_folder(), progress=progress)
+        cache = finder.cache_folder()
+        hits = finder.search(model, corpus, query, k, task=task or None, mesh=mesh, cache=cache, progress=progress)
     finder.show(hits)
 
 
 def mine(arguments: Sequence[str]) -> None:
     """mine MODEL CORPUS PAIRS OUT"""
-    from embedjax.mine.arguments import parse
+    from embedjax.mine import arguments as reading
 
-    made = parse(arguments)
+    with one_line():
+        made = reading.parse(arguments)
     from embedjax import mine as miner
     from embedjax.config import Mesh
     from embedjax.evaluate.progress import Stages
@@ -195,14 +199,14 @@ def mine(arguments: Sequence[str]) -> None:
 
     mesh, scorer = make_mesh(Mesh()), ("the model", None) if made.scores else None
     if made.teacher:
-        scorer = made.teacher, miner.teacher(load(made.teacher), mesh)
+        scorer = made.teacher, miner.teacher(load(made.teacher), mesh, made.teacher_task or None)
     elif made.cross_encoder:
         scorer = made.cross_encoder, miner.cross_encoder(made.cross_encoder)
     with Stages() as progress:
         found = miner.mine_file(
             load(made.model), made.corpus, made.pairs, made.output, made.how,
             corpus_columns=tuple(filter(None, made.corpus_columns.split(","))), pair_columns=made.pair_columns,
-            scorer=scorer, seed=made.seed, mesh=mesh, progress=progress,
+            task=made.task or None, scorer=scorer, seed=made.seed, mesh=mesh, progress=progress,
         )  # fmt: skip
     print(f"{made.output}: {found.rows} rows, {found.left_out} pairs left out for too few negatives")
     print(f"mean score of positives {found.positive:.3f}, of negatives {found.negative:.3f}")
@@ -232,13 +236,13 @@ def export(arguments: Sequence[str]) -> None:
         """
         return model, folder, format, adapter, check
 
-    name, folder, format, adapter, check = tyro.cli(command, args=arguments, prog="embedjax export")
+    name, folder, format, adapter, check = parse(command, arguments, prog="embedjax export")
     if check:
         from embedjax.export import gate
 
         found = gate.check(Path(name))
         for consumer, difference in found.items():
-            print(f"{consumer}\t{'not installed' if difference is None else f'largest difference {difference:.1e}'}")
+            print(f"{consumer}\t{difference if isinstance(difference, str) else f'largest difference {difference:.1e}'}")
         gate.judge(Path(name), found)
         return
     if not folder:
@@ -272,9 +276,7 @@ def plan(arguments: Sequence[str]) -> None:
     import json
 
     config, rest, shown = _config_of("plan", arguments)
-    options = tyro.cli(
-        Plan, default=Plan(config), args=rest, prog=f"embedjax plan {shown}", config=(tyro.conf.AvoidSubcommands,)
-    )
+    options = parse(Plan, rest, prog=f"embedjax plan {shown}", default=Plan(config))
     from embedjax.plan import ahead, table
 
     say = lambda line: print(line, file=sys.stderr, flush=True)
@@ -316,7 +318,7 @@ def doctor(arguments: Sequence[str]) -> None:
         """
         return folders, data, limit
 
-    folders, data, limit = tyro.cli(command, args=arguments, prog="embedjax doctor")
+    folders, data, limit = parse(command, arguments, prog="embedjax doctor")
     if data:
         from embedjax.survey import survey
 

@@ -8,11 +8,15 @@ import string
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from embedjax.config.errors import ConfigError, nearest
+from embedjax.config.run import run_folder
 
 Settings = Mapping[str, str]
+
+MOUNT = "/runs"
+"""Where machines that this starts mount the file system they share."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,15 +100,17 @@ def _slurm(files: Path, arguments: list[str], settings: Settings) -> Command:
 
 
 def _tpu_vm(files: Path, arguments: list[str], settings: Settings) -> Command:
-    optional = dict.fromkeys(("project", "runtime", "spot", "source", "restarts", "poll", "keep"), "")
+    optional = dict.fromkeys(("nfs", "bucket", "project", "runtime", "spot", "source", "restarts", "poll", "keep"), "")
     known = _settings("tpu-vm", settings, {"zone": None, "accelerator": None, "run_dir": None, "name": "embedjax", **optional})
+    if bool(known["nfs"]) == bool(known["bucket"]):
+        raise ConfigError(f"launch tpu-vm needs one of --with nfs=HOST:/SHARE and --with bucket=NAME, to mount at {MOUNT}")
     environment = {name.upper(): value for name, value in known.items() if value}
     return Command(["bash", str(files / "tpu_vm.sh"), *arguments], environment)
 
 
 def _jobset(file: str, target: str, defaults: dict[str, str | None]) -> Callable[[Path, list[str], Settings], Command]:
     def make(files: Path, arguments: list[str], settings: Settings) -> Command:
-        common = {"image": None, "run_dir": None, "name": "embedjax", "restarts": "20"}
+        common = {"image": None, "claim": None, "run_dir": None, "name": "embedjax", "restarts": "20"}
         known = _settings(target, settings, {**common, **defaults})
         values = {name.upper(): value for name, value in known.items()}
         values["ARGS"] = json.dumps(["train", *arguments, "--run-dir", known["run_dir"]])
@@ -116,7 +122,7 @@ def _jobset(file: str, target: str, defaults: dict[str, str | None]) -> Callable
 def _sky(files: Path, arguments: list[str], settings: Settings) -> Command:
     """Settings are variables of sky.yaml in small letters, but for `gpus` and `nodes`."""
     known = _settings(
-        "sky", settings, {"bucket": None, "run_dir": None, "name": "embedjax", "gpus": "", "nodes": "", "extra": ""}
+        "sky", settings, {"volume": None, "run_dir": None, "name": "embedjax", "gpus": "", "nodes": "", "extra": ""}
     )
     argv = ["sky", "jobs", "launch", "--yes", "-n", known["name"]]
     argv += ["--gpus", known["gpus"]] if known["gpus"] else []
@@ -125,7 +131,7 @@ def _sky(files: Path, arguments: list[str], settings: Settings) -> Command:
         "CONFIG": arguments[0],
         "ARGS": shlex.join(arguments[1:]),
         "RUN_DIR": known["run_dir"],
-        "BUCKET": known["bucket"],
+        "VOLUME": known["volume"],
     }
     variables |= {"EXTRA": known["extra"]} if known["extra"] else {}
     for name, value in variables.items():
@@ -134,11 +140,15 @@ def _sky(files: Path, arguments: list[str], settings: Settings) -> Command:
 
 
 def _settings(target: str, given: Settings, known: Mapping[str, str | None]) -> dict[str, str]:
-    """The settings of a target, its defaults filled in; None marks one that has to be given."""
+    """The settings of a target, its defaults filled in; None marks one that has to be given. A run folder is under MOUNT."""
     for name in given.keys() - known.keys():
         raise ConfigError(f"launch {target} has no setting {name!r}; {nearest(name, known)}")
     if missing := [name for name, default in known.items() if default is None and not given.get(name)]:
         raise ConfigError(f"launch {target} needs {' '.join(f'--with {name}=...' for name in missing)}")
+    if "run_dir" in known:
+        place = PurePosixPath(run_folder(given["run_dir"]))
+        if place.parts[:2] != ("/", MOUNT[1:]) or len(place.parts) < 3 or ".." in place.parts:
+            raise ConfigError(f"run_dir is {given['run_dir']!r}; it must be {MOUNT}/..., where {target} mounts what is shared")
     return {name: given.get(name, default or "") for name, default in known.items()}
 
 

@@ -126,7 +126,7 @@ def make_texts(tower: Tower, tokenizer: Path) -> Texts:
         tokenizer=loaded,
         max_length=tower.max_length,
         prompts=tower.prompts or {},
-        default_prompt=tower.default_prompt,
+        default_prompt=tower.default_prompt or None,
         include_prompt=tower.include_prompt is not False,
         pad_id=tower.arch.pad_id,
         fills=tower.arch.fills,
@@ -168,7 +168,8 @@ def resolve_tower(tower: Tower, known: Tower | None = None) -> Tower:
         raise ConfigError("a static tower is the mean over all tokens; leave `pooling` and `include_prompt` as they are")
     if resolved.default_prompt and resolved.default_prompt not in (resolved.prompts or {}):
         raise ConfigError(
-            f"default_prompt {resolved.default_prompt!r} is not among the prompts {sorted(resolved.prompts or {})}"
+            f"default_prompt {resolved.default_prompt!r} is not among the prompts {sorted(resolved.prompts or {})}; "
+            'name one of them, or "" for none'
         )
     return resolved
 

@@ -33,6 +33,9 @@ DECAY: tuple[tuple[str, bool], ...] = (
 # read by all layers.
 UNDER_LAYERS = r"^towers/([^/]+)/encoder/(?:tokens|positions|types|norm|patches|class|registers)/"
 
+# What a loss itself learns besides a head: with these alone no vector changes.
+OF_THE_LOSS = ("loss/scale", "loss/bias")
+
 
 def make(
     optim: Optim, steps: int, params: Mapping, still: Mapping[str, int] | None = None
@@ -135,31 +138,37 @@ def _scaled(factors: Any, updates: Any, params: Any) -> Any:
 
 def constant(model: Model, sets: Sequence[Set]) -> tuple[str, ...]:
     """Regular expressions of what is not trained because of how the towers are made: encoders with adapters, adapters that no
-    set trains, tables under layers that are frozen. Raises ConfigError when more layers are to be frozen than there are."""
+    set trains, tables that frozen layers read. Raises ConfigError when more layers are to be frozen than there are."""
     found = []
     for name, tower in model.towers.items():
         if tower.freeze_layers > (depth := getattr(tower.arch, "depth", 0)):
             raise ConfigError(f"tower {name!r}: freeze_layers is {tower.freeze_layers}; it has {depth} layers")
         start = f"^towers/{re.escape(name)}"
-        if tower.lora:
+        if tower.freeze_layers == depth > 0:  # no layer is left to train, nor to adapt
+            found += [f"{start}/{part}/" for part in ("encoder", "lora") if part == "encoder" or tower.lora]
+        elif tower.lora:
             trained = {chosen(tower.lora, task.adapter) for task in sets}
             found.append(f"{start}/encoder/")
             found += [f"{start}/lora/{re.escape(adapter)}/" for adapter in tower.lora if adapter not in trained]
         elif tower.freeze_layers:
-            found.append(UNDER_LAYERS.replace("[^/]+", re.escape(name)))
+            found.append(f"{start}/encoder/(?:tokens|positions|types|norm|relative)/")
     return tuple(found)
 
 
 def partition(params: Mapping, freeze: Sequence[str]) -> tuple[dict, dict]:
     """Nested dicts of parameters as (trained, frozen), each without the other's branches; `objective.combine` undoes it.
 
-    Frozen is what a regex of `freeze` finds in the path. Raises ConfigError when one finds nothing, or nothing is left.
+    Frozen is what a regex of `freeze` finds in the path. Raises ConfigError when one finds nothing, or nothing is left that
+    changes a vector or a head.
     """
     patterns = [_pattern(regex, "freeze") for regex in freeze]
     _require_matches(patterns, params, "freeze")
     trained, frozen = _split(params, "", patterns)
-    if not jax.tree.leaves(trained):
-        raise ConfigError(f"optim.freeze {list(freeze)} freezes every parameter; leave something to train")
+    if all(path_of(key) in OF_THE_LOSS for key, _ in jax.tree_util.tree_leaves_with_path(trained)):
+        raise ConfigError(
+            f"{list(freeze)} (of optim.freeze, and by freeze_layers and lora of the towers) freezes every parameter; leave "
+            "something to train"
+        )
     return trained, frozen
 
 

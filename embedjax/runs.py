@@ -18,6 +18,7 @@ import jax
 from embedjax import distributed
 from embedjax.config import Config, serialize
 from embedjax.config.errors import ConfigError, StorageError
+from embedjax.config.run import run_folder
 from embedjax.lock import hold
 from embedjax.metrics.writers import read_rows
 
@@ -46,11 +47,13 @@ FREE = (
 def opened(folder: Path, fresh: bool) -> Iterator[None]:
     """Makes and holds a run folder; `fresh` first moves the run in it to a sibling folder with the time in its name.
 
-    Of several processes the first does it. Raises StorageError when another run holds it or it cannot be written.
+    Of several processes the first does it. Raises ConfigError for a URL, StorageError when another run holds it or it cannot
+    be written.
     """
     if not distributed.first():
         yield
         return
+    run_folder(folder)
     try:
         if fresh and (folder / "config.json").exists():
             with hold(folder):

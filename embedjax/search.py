@@ -23,7 +23,7 @@ from rich.text import Text
 from embedjax.config import File
 from embedjax.config.errors import ConfigError, DataError, StorageError
 from embedjax.data.sources import open_source
-from embedjax.evaluate.encode import encode, fingerprint
+from embedjax.evaluate.encode import asked, encode, fingerprint
 from embedjax.evaluate.retrieval import topk
 from embedjax.evaluate.rows import string_at, text_column
 from embedjax.evaluate.tasks.side import comparable
@@ -71,18 +71,20 @@ def search(
     query: str,
     k: int = 5,
     *,
+    task: str | None = None,
     mesh: DeviceMesh | None = None,
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Hit]:
-    """The min(k, N) texts nearest to the query, as the model compares. `cache` is a folder that keeps the corpus's vectors."""
+    """The min(k, N) texts nearest to the query, as the model compares. `task` names the prompt, adapter or both to encode with;
+    `cache` is a folder that keeps the corpus's vectors."""
     if not query.strip():
         raise ConfigError("the query is empty")
     if k < 1:
         raise ConfigError(f"{k} results were asked for; it must be at least 1")
-    vectors = corpus_vectors(model, corpus.texts, mesh=mesh, cache=cache, progress=progress)
-    asked = comparable(encode(model, [query], column="query", mesh=mesh), model.config.similarity)
-    scores, rows = topk(asked, vectors, k, mesh=mesh)
+    vectors = corpus_vectors(model, corpus.texts, task=task, mesh=mesh, cache=cache, progress=progress)
+    wanted = comparable(encode(model, [query], column="query", task=task, mesh=mesh), model.config.similarity)
+    scores, rows = topk(wanted, vectors, k, mesh=mesh)
     found = zip(scores[0].tolist(), rows[0].tolist(), strict=True)
     return [Hit(rank, score, corpus.texts[row], corpus.places[row]) for rank, (score, row) in enumerate(found, 1)]
 
@@ -91,16 +93,18 @@ def corpus_vectors(
     model: Model,
     texts: Sequence[str],
     *,
+    task: str | None = None,
     mesh: DeviceMesh | None = None,
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Float[np.ndarray, "N E"]:
     """Vectors of the texts as documents, of length 1 if cosines are compared: from the cache if the same model has encoded the
-    same texts, else encoded and kept there."""
-    file = cache and cache / f"{_key(model, texts)}.npy"
+    same texts with the same prompt and adapter, else encoded and kept there."""
+    file = cache and cache / f"{_key(model, texts, task)}.npy"
     if file and file.exists():
         return np.load(file, mmap_mode="r")
-    vectors = comparable(encode(model, texts, column="document", mesh=mesh, progress=progress), model.config.similarity)
+    vectors = encode(model, texts, column="document", task=task, mesh=mesh, progress=progress)
+    vectors = comparable(vectors, model.config.similarity)
     if file:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -173,9 +177,9 @@ def _functions(folder: Path) -> Iterator[tuple[str, str]]:
             yield code, f"{path}:{line}"
 
 
-def _key(model: Model, texts: Sequence[str]) -> str:
-    prompt = model.config.towers[model.config.tower_of("document")].prompt_for("document")
-    decided = f"{fingerprint(model, 'document')} {prompt} {model.config.similarity} {len(texts)}\n"
+def _key(model: Model, texts: Sequence[str], task: str | None) -> str:
+    prompt, adapter = asked(model.config, "document", task=task)
+    decided = f"{fingerprint(model, 'document')} {prompt} {adapter} {model.config.similarity} {len(texts)}\n"
     digest = hashlib.sha256(decided.encode())
     for text in texts:
         raw = text.encode()

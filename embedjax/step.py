@@ -45,7 +45,7 @@ def plain(objective: Objective) -> Gradient:
 
     def gradient(params, constants, columns, key):
         def value(params):
-            outputs = _spread(objective.encode)(params, constants, columns, key)
+            outputs = _apart(objective.encode)(_copies(params), constants, columns, key)
             return objective.loss(params, outputs, objective.targets(constants, columns), key)
 
         return jax.value_and_grad(value, has_aux=True)(params)
@@ -53,41 +53,54 @@ def plain(objective: Objective) -> Gradient:
     return gradient
 
 
-def _spread(encode: Callable) -> Callable:
-    """`encode` under `shard_map` over `data`: its gradient is then summed over `data` once, at the end. XLA would leave the sum
-    in the loop over layers."""
+def _copies(params: Any) -> Any:
+    """A copy [data ...] of each parameter for each part of `data`, on the devices of that part alone. No memory: there it is
+    the parameter itself."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (_parts_of_data(), *x.shape)), params)
 
-    def local(params, constants, columns, key):
-        return encode(*_varying((params, constants)), columns, _varying(key))
 
-    def spread(*arguments):
-        if jax.sharding.get_abstract_mesh().shape.get("data", 1) == 1:
-            return encode(*arguments)
+def _apart(encode: Callable) -> Callable:
+    """`encode` with `_copies` of the parameters under `shard_map` over `data`: a copy has the gradient of the rows of its
+    part, and no loop inside sums over `data`. XLA would leave that sum in the loop over layers."""
+
+    def local(copies, constants, columns, key):
+        return encode(jax.tree.map(lambda x: x[0], copies), _varying(constants), columns, _varying(key))
+
+    def apart(copies, constants, columns, key):
+        if _parts_of_data() == 1:
+            return encode(jax.tree.map(lambda x: x[0], copies), constants, columns, key)
         rows = P("data")
-        return jax.shard_map(local, in_specs=(P(), P(), rows, P()), out_specs=rows, axis_names={"data"})(*arguments)
+        made = jax.shard_map(local, in_specs=(rows, P(), rows, P()), out_specs=rows, axis_names={"data"})
+        return made(copies, constants, columns, key)
 
-    return spread
+    return apart
+
+
+def _parts_of_data() -> int:
+    return jax.sharding.get_abstract_mesh().shape.get("data", 1)
 
 
 def accumulated(objective: Objective, parts: int) -> Gradient:
     """The mean over `parts` of the batch of each part's loss and gradient: a batch `parts` times smaller as far as in-batch
     negatives go, in the memory of one part. It equals `plain` only for losses that are a mean over rows; or over what a row has
     several of, such as tokens, if the metric `weight` is how many a part has."""
-    of_part = plain(objective)
-
-    def weighed(params, constants, part, key):
-        (value, metrics), grads = of_part(params, constants, part, key)
-        weight = metrics.get("weight", jnp.ones_like(value))
-        return weight, jax.tree.map(lambda x: weight * x, ((value, metrics), grads))
 
     def gradient(params, constants, columns, key):
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, weighed(params, constants, part, key)), None
+        def weighed(params, copies, part):
+            outputs = _apart(objective.encode)(copies, constants, part, key)
+            value, metrics = objective.loss(params, outputs, objective.targets(constants, part), key)
+            weight = jax.lax.stop_gradient(metrics.get("weight", jnp.ones_like(value)))
+            return weight * value, (weight, jax.tree.map(lambda x: weight * x, metrics))
 
+        pulled, copies = jax.value_and_grad(weighed, (0, 1), has_aux=True), _copies(params)
+        add = lambda total, part: (jax.tree.map(jnp.add, total, pulled(params, copies, part)), None)
         pieces = split(columns, parts)
-        shapes = jax.eval_shape(weighed, params, constants, jax.tree.map(lambda x: x[0], pieces), key)
-        (weight, total), _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), pieces)
-        (value, metrics), grads = jax.tree.map(lambda x: jnp.where(weight > 0, x / weight, x), total)
+        shapes = jax.eval_shape(pulled, params, copies, jax.tree.map(lambda x: x[0], pieces))
+        total, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), pieces)
+        (value, (weight, metrics)), (of_loss, of_copies) = total
+        # The towers' gradients are summed over `data` here, once, and not in every part.
+        grads = jax.tree.map(lambda x, each: x + each.sum(0), of_loss, of_copies)
+        value, metrics, grads = jax.tree.map(lambda x: jnp.where(weight > 0, x / weight, x), (value, metrics, grads))
         return (value, metrics | ({"weight": weight} if "weight" in metrics else {})), grads
 
     return gradient

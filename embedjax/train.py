@@ -62,7 +62,7 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
             elif first:
                 shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # of a start that failed before there was a run
             run = build.build(config, folder)
-            prepared = tasks.prepare(config.evaluate.tasks)
+            prepared = build.prepare(config)
             if first:
                 corpora = [mined.source for mined in run.mined.values() if mined.source]
                 data = [row for source in (*run.sources.values(), *corpora) for row in manifest(source)]
@@ -78,14 +78,16 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
             tokenizers, heads = tokenizer_folders(folder, config.model), heads_of(config, params)
             return assemble(config.model, params, run.texts, tokenizers, str(folder), details, heads)
 
-        def evaluate(step: int) -> Mapping[str, float]:
+        def evaluate(step: int) -> None:
+            checkpoints.wait()  # whatever happens here, what was trained is saved
             scores = tasks.evaluate(model(step), prepared, mesh=run.mesh)
-            if scores and writer is not None:
+            if not scores:
+                return
+            checkpoints.annotate(step, scores)
+            if writer is not None:
                 runs.add_evaluation(folder, step, scores)
                 writer.scalars(step, scores)
-            if scores:
-                status.line(f"step {step}: " + "  ".join(f"{key} {value:.4f}" for key, value in scores.items()))
-            return scores
+            status.line(f"step {step}: " + "  ".join(f"{key} {value:.4f}" for key, value in scores.items()))
 
         def mine(step: int) -> None:
             make = functools.partial(model, step)
@@ -150,9 +152,10 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
                 ballot.settle()
                 progress.read(*pending)
                 pending = None
+                checkpoints.save(n, state, position=n, config=serialize.to_json(config))
                 # Asked to stop there may be seconds left: what is due is evaluated when the run goes on.
-                scores = evaluate(n) if due(n) and not stop else {}
-                checkpoints.save(n, state, position=n, config=serialize.to_json(config), metrics=scores)
+                if due(n) and not stop:
+                    evaluate(n)
                 if n < config.steps and not stop:
                     mine(n)
                 progress.pace.restart()
@@ -168,10 +171,8 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
         evaluated = runs.evaluations(folder)
         scores = {key: value for key, value in evaluated[-1].items() if key != "step"} if evaluated else {}
         exported = None
-        shown = config.export.format != "none" or config.evaluate.baseline
-        final = model(config.steps, distributed.whole if shown else lambda params: params)
         if config.export.format != "none":
-            exported = folder / "export"
+            exported, final = folder / "export", model(config.steps, distributed.whole)
             with distributed.together("the export", patience):
                 if first:
                     texts = [text for row in run.batches.decoded(0, 64) for text, _ in row.values()]
@@ -180,9 +181,10 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
                         adapter=config.export.adapter,
                     )  # fmt: skip
                     status.line(f"exported {_shown(exported)} (parity: largest difference {difference:.0e})")
-        with distributed.together("the report", patience):
-            if first and config.evaluate.baseline:
-                for line in report.lines(final, prepared, evaluated, _shown(exported or folder)):
+        if config.evaluate.baseline:
+            told = report.lines(model(config.steps), prepared, evaluated, _shown(exported or folder), run.mesh)
+            with distributed.together("the report", patience):
+                for line in told if first else ():
                     status.line(line)
         return Result(folder, config.steps, scores, exported)
 

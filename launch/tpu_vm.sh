@@ -2,23 +2,38 @@
 # Trains a config on a TPU slice of Google Cloud: asks for it as a queued resource, waits for it, installs, runs the command
 # on all workers, and starts over when the slice is taken away or the run exits with 75 (saved) or 70 (a process was lost).
 #
-#   NAME=pod ZONE=us-west4-a ACCELERATOR=v5litepod-256 RUN_DIR=gs://bucket/runs/x \
+#   NAME=pod ZONE=us-west4-a ACCELERATOR=v5litepod-256 NFS=10.0.0.2:/share RUN_DIR=/runs/x \
 #     launch/tpu_vm.sh configs/bert_base.py --data.sets.0.source.path 'gs://bucket/pairs/*.parquet'
+#
+# All workers mount one file system at /runs, NFS or BUCKET; the README says what it must do.
 #
 # NAME         name of the queued resource and of its slice           (required)
 # ZONE         zone of the slice                                      (required)
 # ACCELERATOR  type, such as v5litepod-256, v5p-128 or v6e-64         (required)
-# RUN_DIR      run folder that all workers see, such as gs://...      (required)
+# RUN_DIR      run folder, under /runs                                (required)
+# NFS          share to mount, HOST:/SHARE, such as Filestore's       (this or BUCKET)
+# BUCKET       bucket with hierarchical namespace, mounted by gcsfuse
 # PROJECT      project; gcloud's own by default
 # RUNTIME      software of the machines                               (default v2-alpha-tpuv5-lite)
 # SPOT         1 for spot capacity, which may be taken away           (default 1)
-# SOURCE       what pip installs on the workers                       (default: this checkout, copied)
+# SOURCE       what pip installs, such as 'embedjax[tpu,gcs] @ git+https://...'  (default: this checkout, copied)
 # RESTARTS     restarts after exit code 70                            (default 20)
 # POLL         seconds between looks at the state of the request      (default 30)
 # KEEP         1 leaves the slice there at the end                    (default 0)
 set -uo pipefail
 
 : "${NAME:?}" "${ZONE:?}" "${ACCELERATOR:?}" "${RUN_DIR:?}"
+fail() {
+  echo "tpu_vm.sh: $1" >&2
+  exit 2
+}
+case $RUN_DIR in /runs/?*) ;; *) fail "RUN_DIR is $RUN_DIR; it must be /runs/..., where the workers mount NFS or BUCKET" ;; esac
+if [ -z "${NFS:-}${BUCKET:-}" ]; then fail "NFS (HOST:/SHARE) or BUCKET is needed, to mount at /runs"; fi
+if [ -n "${BUCKET:-}" ]; then
+  # In others a folder is renamed file by file, which gcsfuse refuses: the first save would fail.
+  named=$(gcloud storage buckets describe "gs://$BUCKET" --format='value(hierarchical_namespace.enabled)')
+  if [ "$named" != True ]; then fail "gs://$BUCKET has no hierarchical namespace, which is chosen when a bucket is made"; fi
+fi
 where=(--zone "$ZONE")
 if [ -n "${PROJECT:-}" ]; then where+=(--project "$PROJECT"); fi
 checkout=$(cd "$(dirname "$0")/.." && pwd)
@@ -56,13 +71,36 @@ on_all() {
   gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker=all --command "$1"
 }
 
+# The machines' own Python may be older than jax wants.
 install() {
+  local what="-e 'embedjax-checkout[tpu,gcs]'"
   if [ -n "${SOURCE:-}" ]; then
-    on_all "python3 -m pip install --quiet --upgrade $(printf %q "$SOURCE")"
-    return
+    what="--upgrade $(printf %q "$SOURCE")"
+  else
+    gcloud compute tpus tpu-vm scp --recurse "$checkout" "$NAME:embedjax-checkout" "${where[@]}" --worker=all || return
   fi
-  gcloud compute tpus tpu-vm scp --recurse "$checkout" "$NAME:embedjax-checkout" "${where[@]}" --worker=all &&
-    on_all "python3 -m pip install --quiet -e 'embedjax-checkout[tpu]'"
+  on_all "python3 -m pip install --quiet uv && python3 -m uv venv --quiet --allow-existing --python 3.12 embedjax-venv && \
+    python3 -m uv pip install --quiet --python embedjax-venv $what"
+}
+
+# A fresh machine may be busy installing updates of its own.
+mount_runs() {
+  local apt="sudo DEBIAN_FRONTEND=noninteractive apt-get --option DPkg::Lock::Timeout=600 --yes --quiet" mount
+  local google=https://packages.cloud.google.com/apt keys=/usr/share/keyrings/gcsfuse.asc
+  if [ -n "${NFS:-}" ]; then
+    # A server of NFS 3 keeps the lock of a machine that was taken away, and the next start would find the run folder held:
+    # locks stay on their machine. This script runs one start at a time.
+    mount="$apt update && $apt install nfs-common && sudo mkdir -p /runs && \
+      sudo mount -t nfs -o nolock $(printf %q "$NFS") /runs && { [ -w /runs ] || sudo chown \"\$(id -u)\" /runs; }"
+  else
+    # Without caches a worker sees what another has just written.
+    mount="curl --fail --silent --show-error $google/doc/apt-key.gpg | sudo tee $keys >/dev/null && \
+      echo \"deb [signed-by=$keys] $google gcsfuse-\$(lsb_release -cs) main\" | \
+      sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null && $apt update && $apt install gcsfuse && \
+      sudo mkdir -p /runs && sudo chown \"\$(id -u)\" /runs && \
+      gcsfuse --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 $(printf %q "$BUCKET") /runs"
+  fi
+  on_all "mountpoint -q /runs || { $mount; }"
 }
 
 arguments=$(printf '%q ' "$@" --run-dir "$RUN_DIR")
@@ -70,8 +108,8 @@ lost=0
 while true; do
   obtain || exit 1
   # The exit codes of ssh to many workers are merged: each worker says its own.
-  if install && on_all "cd embedjax-checkout 2>/dev/null; EMBEDJAX_COORDINATOR=auto python3 -m embedjax train $arguments; echo EMBEDJAX_EXIT=\$?" |
-    tee "$log"; then :; fi
+  train="cd embedjax-checkout 2>/dev/null; EMBEDJAX_COORDINATOR=auto ~/embedjax-venv/bin/python -m embedjax train $arguments"
+  if install && mount_runs && on_all "$train; echo EMBEDJAX_EXIT=\$?" | tee "$log"; then :; fi
   codes=$(grep -o 'EMBEDJAX_EXIT=[0-9]*' "$log" | sort -u | cut -d= -f2 | tr '\n' ' ')
   : >"$log"
   echo "exit codes of the workers: ${codes:-none}"

@@ -71,39 +71,62 @@ BAG = {"text": Bag()}
 BAG_MODEL = config.Model({"text": config.Tower(arch=config.Bert())})
 CRITERIA = {
     "softmax": config.MultipleNegatives(learn_scale=True),
-    "symmetric": config.MultipleNegatives(criterion="symmetric", learn_scale=True),
-    "joint": config.MultipleNegatives(criterion="joint", learn_scale=True),
+    "symmetric": config.MultipleNegatives(directions=("q2d", "d2q"), partition="per_direction", learn_scale=True),
+    "joint": config.MultipleNegatives(directions=("q2d", "d2q", "q2q", "d2d"), learn_scale=True),
     "sigmoid": config.Siglip(),
 }
-GRID = list(itertools.product(CRITERIA, (0, 1, 7), (False, True), ((), PREFIXES)))
+NEGATIVES = (0, 1, 7)
+KINDS = tuple(itertools.product((False, True), ((), PREFIXES)))  # equal texts masked or not, with prefixes or without
+MESHES = {1: (1, 1), 2: (2, 1), 4: (4, 1), 8: (4, 2)}
 
 
-# A quarter of the grid, one of each criterion and number of negatives. `slow` runs the rest.
-@pytest.mark.parametrize(
-    ("place", "case"),
-    [
-        pytest.param(i, case, marks=[] if (i // 4 + i) % 4 == 1 else [pytest.mark.slow], id="-".join(map(str, case)))
-        for i, case in enumerate(GRID)
-    ],
-)
-def test_cached_streamed_loss_is_the_plain_dense_one(place, case):
-    criterion, negatives, masked, prefixes = case
+def relative_error(criterion, negatives, masked, prefixes, devices, dtype):
+    """The largest, over value and gradients, of the cached and streamed loss against the plain dense one in float64."""
     loss = dataclasses.replace(CRITERIA[criterion], mask_duplicates=masked, matryoshka=prefixes, tile=8)
     columns = batch(negatives, equal=6)
     names = {"anchor": "a", "positive": "b"} | ({"negative": "c"} if negatives else {})
     make = lambda form, mesh: objective.make(
         config.Set(columns=names, loss=dataclasses.replace(loss, form=form)), BAG_MODEL, BAG, mesh
     )
-    table = np.random.default_rng(0).normal(size=(32, D)).astype(np.float32)
     params = {
-        "towers": {"text": {"encoder": {"table": table}}},
+        "towers": {"text": {"encoder": {"table": np.random.default_rng(0).normal(size=(32, D))}}},
         "loss": objective.loss_params(config.Set(loss=loss), BAG_MODEL, BAG, jax.random.key(0)),
     }
-    wanted = jax.jit(step.plain(make("dense", ONE)))(params, {}, columns, KEY)
-    devices = (1, 2, 4, 8)[place % 4]
-    mesh, form = mesh_of(devices), "ring" if devices > 1 else "tiled"
-    found = jax.jit(step.cached(make(form, mesh), 2, mesh))(params, {}, sharding.place(columns, mesh), KEY)
-    assert_same(found, wanted)
+    of_type = lambda dtype: jax.tree.map(lambda x: np.asarray(x, dtype), params)
+    with jax.enable_x64(True):  # eagerly: cases share the operations, and no two the program
+        (value, _), grads = step.plain(make("dense", ONE))(of_type(np.float64), {}, columns, KEY)
+    mesh, form = mesh_of(*MESHES[devices]), "ring" if devices > 1 else "tiled"
+    with jax.enable_x64(dtype == np.float64):
+        cached = jax.jit(step.cached(make(form, mesh), 2, mesh))
+        (found, _), found_grads = cached(of_type(dtype), {}, sharding.place(columns, mesh), KEY)
+    assert jax.tree.structure(found_grads) == jax.tree.structure(grads)
+    pairs = list(zip(jax.tree.leaves((found, found_grads)), jax.tree.leaves((value, grads)), strict=True))
+    assert all((x.dtype, y.dtype) == (dtype, np.float64) for x, y in pairs)
+    return max(np.linalg.norm(np.asarray(x, np.float64) - np.asarray(y)) / np.linalg.norm(y) for x, y in pairs)
+
+
+# A Latin square: every kind meets every number of devices, whatever the criterion. The quarter that is usual has one of each
+# criterion and number of negatives, and no two of a kind on as many devices; `slow` runs the rest.
+GRID = [
+    ((criterion, negatives, *KINDS[kind], (1, 2, 4, 8)[(kind - c + k) % 4]), kind == (2 * c + k) % 4)
+    for c, criterion in enumerate(CRITERIA)
+    for k, negatives in enumerate(NEGATIVES)
+    for kind in range(4)
+]
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[] if usual else [pytest.mark.slow], id="-".join(map(str, c))) for c, usual in GRID]
+)
+def test_cached_streamed_loss_is_the_plain_dense_one(case):
+    assert relative_error(*case, np.float64) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "criterion", [pytest.param(name, marks=[] if name == "symmetric" else [pytest.mark.slow]) for name in CRITERIA]
+)
+def test_cached_streamed_loss_in_float32(criterion):
+    assert relative_error(criterion, 1, True, PREFIXES, 4, np.float32) < 1e-5
 
 
 # ---- a real tower with dropout, and what GradCache is combined with
@@ -117,7 +140,7 @@ ARCH = config.Bert(
 class Cell:
     """One combination. What changes the numbers: loss, negatives, frozen. What must not: mesh, form, remat, chunks."""
 
-    loss: config.MultipleNegatives | config.Siglip = config.MultipleNegatives()
+    loss: config.MultipleNegatives | config.Siglip | config.KlDistillation = config.MultipleNegatives()
     negatives: int = 1
     frozen: tuple[str, ...] = ()
     mesh: tuple[int, int, int] = (2, 1, 1)
@@ -130,9 +153,15 @@ class Cell:
         names = {"anchor": "a", "positive": "b"} | ({"negative": "c"} if self.negatives else {})
         return config.Set(columns=names, loss=self.loss)
 
+    @property
+    def towers(self):
+        """The trained one, and the loss's guide or teacher if it has one."""
+        return ["text", *filter(None, (getattr(self.loss, name, "") for name in ("guide", "teacher")))]
+
 
 MATRYOSHKA = config.MultipleNegatives(matryoshka=(16, 8, 4), learn_scale=True)
 GUIDED = config.MultipleNegatives(guide="guide", guide_margin=0.1)
+TAUGHT = config.KlDistillation(teacher="teacher")
 WHOLE = config.MultipleNegatives(matryoshka=(16, 8, 4), learn_scale=True, guide="guide", guide_margin=0.1)
 CELLS = {
     "two chunks": Cell(chunks=2),
@@ -150,18 +179,20 @@ CELLS = {
     "frozen, remat, fsdp": Cell(frozen=("encoder/tokens", "blocks/attn/"), remat=True, mesh=(2, 2, 1)),
     "guide": Cell(GUIDED, frozen=("^towers/guide/",)),
     "guide, ring": Cell(GUIDED, frozen=("^towers/guide/",), form="ring"),
+    "teacher": Cell(TAUGHT, 3, ("^towers/teacher/",)),
+    "teacher, remat, fsdp": Cell(TAUGHT, 3, ("^towers/teacher/",), remat=True, mesh=(2, 2, 1)),
     "everything": Cell(WHOLE, 7, ("^towers/guide/", "text/encoder/tokens"), mesh=(2, 2, 2), form="ring", remat=True, chunks=2),
 }
 
 
 def parts(cell, *, form, remat, mesh):
     """(objective, trained, constants)"""
-    names = ["text", *(["guide"] if cell.loss.guide else [])]
-    model = config.Model({name: config.Tower(arch=ARCH) for name in names}, {"anchor": "text", "positive": "text"})
-    embedders = {name: Embedder(ARCH, remat=remat) for name in names}
-    task = dataclasses.replace(cell.task, loss=dataclasses.replace(cell.loss, form=form))
+    model = config.Model({name: config.Tower(arch=ARCH) for name in cell.towers}, {"anchor": "text", "positive": "text"})
+    embedders = {name: Embedder(ARCH, remat=remat) for name in cell.towers}
+    in_form = {"form": form} if isinstance(cell.loss, config.InBatch) else {}
+    task = dataclasses.replace(cell.task, loss=dataclasses.replace(cell.loss, **in_form))
     init = jax.jit(embedders["text"].init)
-    params = {"towers": {name: init(jax.random.key(i)) for i, name in enumerate(names)}}
+    params = {"towers": {name: init(jax.random.key(i)) for i, name in enumerate(cell.towers)}}
     params |= {"loss": found} if (found := objective.loss_params(task, model, embedders, jax.random.key(0))) else {}
     return objective.make(task, model, embedders, mesh), *optim.partition(params, cell.frozen)
 
@@ -173,7 +204,7 @@ def plain(cell):
 
 
 # The others hold what `slow` takes apart.
-USUAL = ("two chunks", "tensor", "hard negatives", "frozen, remat, fsdp", "guide, ring", "everything")
+USUAL = ("two chunks", "tensor", "frozen, remat, fsdp", "teacher, remat, fsdp", "everything")
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,36 @@ def test_the_latest_and_the_best_are_kept(saves, tmp_path):
     assert (saves.steps(), saves.best()) == ([6, 7], 7)
 
 
+def test_scores_may_come_after_their_save(saves, tmp_path):
+    """They choose the best save, what they are not any more is removed, and the save stays whole."""
+    fill(saves, [1], make_state(1), {1: {"sts/spearman": 0.6}})
+    saves.save(2, make_state(2), position=2, config={})
+    assert saves.annotate(2, {"sts/spearman": 0.5, "bad": np.nan})
+    assert (saves.best(), saves.record(2).metrics, saves.record(2).position) == (1, {"sts/spearman": 0.5}, 2)
+    assert saves.annotate(2, {"sts/spearman": 0.7}) and saves.best() == 2
+    fill(saves, [3, 4])
+    assert saves.steps() == [2, 3, 4]
+    assert saves.annotate(4, {"sts/spearman": 0.8})
+    assert saves.steps() == [3, 4] and not (tmp_path / "checkpoints" / "2").exists()
+    with Checkpoints(tmp_path / "checkpoints", best="sts/spearman") as other:
+        assert other.best() == 4 and other.restore(4, abstract(make_state()))[1].metrics == {"sts/spearman": 0.8}
+    assert saves.annotate(9, {"sts/spearman": 0.9}) is False
+
+
+def test_scores_that_cannot_be_written_leave_the_save_as_it_was(saves, tmp_path, monkeypatch):
+    fill(saves, [1], metrics={1: {"sts/spearman": 0.6}})
+
+    def dies(file, target):
+        raise OSError(28, "No space left on device", str(file))
+
+    monkeypatch.setattr(checkpoint.Path, "rename", dies)
+    with pytest.raises(StorageError, match="1/metrics.json cannot be saved: No space left on device"):
+        saves.annotate(1, {"sts/spearman": 0.7})
+    monkeypatch.undo()
+    assert saves.restore(1, abstract(make_state()))[1].metrics == {"sts/spearman": 0.6}
+    assert saves.annotate(1, {"sts/spearman": 0.7}) and saves.record(1).metrics == {"sts/spearman": 0.7}
+
+
 def test_a_saved_step_is_not_saved_again(saves):
     fill(saves, [1], make_state(1))
     assert saves.save(1, make_state(2), position=9, config={}) is False
@@ -176,6 +206,7 @@ def test_a_damaged_save_is_passed_over_with_a_warning(saves, tmp_path, caplog, f
 
 def test_every_single_flipped_bit_is_seen(saves, tmp_path):
     fill(saves, [1])
+    saves.annotate(1, {"sts/spearman": 0.25})
     folder = tmp_path / "checkpoints" / "1"
     assert checkpoint._damage(folder) is None
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
@@ -410,6 +441,8 @@ PEER = textwrap.dedent("""
         assert record.step == 3, record.step
         params, _ = saves.params_only(3)
         assert (params["w"] == np.arange(32.0).reshape(8, 4) * 3).all()
+        assert saves.annotate(3, {"m": 0.5}) and not saves.annotate(4, {"m": 0.6})
+        assert saves.restore(3, like(shard))[1].metrics == {"m": 0.5}
         assert saves.save(4, make(4), position=4, config={})
     print("peer done")
     jax.distributed.shutdown()

@@ -1,10 +1,17 @@
 """The command line on wrong input: one line that names the thing, and the exit code of the README's table."""
 
+import ast
+import dataclasses
+import functools
 import gzip
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +19,12 @@ from safetensors.numpy import load_file, save_file
 
 from embedjax import config as c
 from embedjax.__main__ import run
+from embedjax.config.errors import ConfigError
+from embedjax.config.load import from_file
 from embedjax.export import export
 from embedjax.load import assemble, make_texts
 from embedjax.models.embedder import build_embedder
+from embedjax.runs import opened
 
 HEAD = "from embedjax.config import *\ndef config():\n    return "
 NORM = "embeddings.LayerNorm.weight"
@@ -113,7 +123,17 @@ def test_wrong_commands(arguments, words, capsys):
         ("def config(:\n", ["SyntaxError"]),
         ("x = 1\n", ["config"]),
         ("def config():\n    return 3\n", ["int", "Config"]),
-        (HEAD + "Config(step=3)\n", ["step"]),
+        (HEAD + "Config(step=3)\n", ["Config has no field 'step'; did you mean 'steps'?"]),
+        (HEAD + "Config(optim=Optim(learning_rat=1))\n", ["Optim has no field 'learning_rat'; did you mean 'learning_rate'?"]),
+        (HEAD + "Config(x=3)\n", ["Config has no field 'x'; known: checkpoint, data,"]),
+        (HEAD + "Config(steps='many')\n", ["Config.steps is 'many'; an int was expected"]),
+        (HEAD + "Config(optim=Optim(eps=None))\n", ["Optim.eps is None; a float was expected"]),
+        (HEAD + "Config(model=Model({'a': Tower(Bert(width='8'))}))\n", ["Bert.width is '8'; an int was expected"]),
+        (HEAD + "Config(data=Data(sets=Set()))\n", ["Data.sets is Set(...); a list was expected"]),
+        (HEAD + "Config(evaluate=Evaluate(tasks=('sts',), best='x'))\n", ["Evaluate.tasks.0 is 'sts'; expected one of Sts, "]),
+        (HEAD + "Config(name=3)\n", ["config.name is 3; a string was expected"]),
+        (HEAD + "Config(model=Model({'a': Bert()}))\n", ["config.model.towers.a.type is 'Bert'; 'Tower' was expected"]),
+        (HEAD + "Config(steps=1 // 0)\n", ["ZeroDivisionError"]),
         (HEAD + "Config(steps=0)\n", ["steps is 0"]),
         (HEAD + "Config(data=Data(batch_size=-4))\n", ["batch_size is -4"]),
         (HEAD + "Config(model=Model({'a': Tower(Bert(width=-8))}))\n", ["width is -8"]),
@@ -127,23 +147,108 @@ def test_wrong_config_files(text, words, tmp_path, capsys):
     assert_fails(["train", path, "--run-dir", tmp_path / "run"], 2, *words, capsys=capsys)
 
 
-@pytest.mark.parametrize("arguments", [["--data.batch-sise", "3"], ["--steps", "many"], ["--optim.schedule", "liner"]])
-def test_wrong_overrides_name_the_field(arguments, write_config, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run(["train", str(write_config()), *arguments])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert "--data.batch-size" in err or "invalid choice" in err.lower() or "steps" in err
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--data.batch-sise", "3"], "there is no option --data.batch-sise; did you mean '--data.batch-size'?"),
+        (["--steps", "many"], "--steps is 'many'; an int was expected"),
+        (["--optim.schedule", "liner"], "--optim.schedule is 'liner'; one of 'linear', 'cosine', 'constant' was expected"),
+    ],
+)
+def test_wrong_overrides_name_the_field(arguments, line, write_config, capsys):
+    assert_fails(["train", write_config(), *arguments], 2, f"embedjax: {line}", capsys=capsys)
 
 
-def test_help_shows_every_field(write_config, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["evaluate", "m", "--task", "sts", "--data", "f.csv", "--k", "many"], ["--k", "many", "INT"]),
+        (["mine", "m", "corpus", "pairs", "out", "--num-negative", "3"], ["--num-negative,", "--num-negatives INT"]),
+        (["encode", "m", "in.txt", "out.npy", "--as", "querry"], ["--as is 'querry'", "'query'"]),
+        (["search", "m", "text"], ["--corpus"]),
+        (["export", "m", "folder", "--format", "st"], ["--format is 'st'", "'sentence-transformers'"]),
+        (["doctor", "--limit", "few"], ["--limit is 'few'; an int was expected"]),
+        (["plan", "my.py", "--topology"], ["my.py"]),
+    ],
+)
+def test_wrong_options_of_other_commands(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_fails(arguments, 2, *words, capsys=capsys)
+
+
+@pytest.mark.parametrize("folder", ["gs://bucket/runs/x", "s3://bucket/x"])
+def test_a_run_folder_at_a_url(folder, write_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_fails(["train", write_config(), "--run-dir", folder], 2, folder, "mount the bucket", capsys=capsys)
+    with pytest.raises(ConfigError, match="mount the bucket"), opened(Path(folder).absolute(), fresh=False):
+        pass
+    assert not list(tmp_path.glob("*:"))
+
+
+# A config with every class of config in it, but for those that are sums of others.
+EVERYTHING = """
+import typing
+from embedjax.config import *
+
+def made(kind):
+    return kind(losses=(Siglip(),)) if kind is Sum else kind(layers=Layers()) if issubclass(kind, Pooled) else kind()
+
+def config():
+    losses, sources = map(made, typing.get_args(Loss)), [Tfds(), Functions()] + [File()] * 99
+    sets = [Set(source, {"anchor": "a"}, name=str(i), loss=loss) for i, (loss, source) in enumerate(zip(losses, sources))]
+    sets.append(Set(columns={"anchor": "a", "positive": "b"}, mine=Mine()))
+    towers = {kind.__name__: Tower(kind(), dense=(Dense(8),), lora={"x": Lora()}) for kind in typing.get_args(Architecture)}
+    return Config(
+        model=Model(towers), data=Data(sets=tuple(sets)), optim=Optim(groups=(Group(),)),
+        evaluate=Evaluate(tasks=tuple(kind() for kind in typing.get_args(Task))),
+    )
+"""
+
+
+def leaves(value, path=""):
+    """(option, class, field, value) of every field below a config that has no fields of its own."""
+    for field in dataclasses.fields(value):
+        item, name = getattr(value, field.name), f"{path}.{field.name}".lstrip(".")
+        parts = item.items() if isinstance(item, dict) else enumerate(item) if isinstance(item, tuple) else ()
+        inner = [(f"{name}.{key}", part) for key, part in parts if dataclasses.is_dataclass(part)]
+        for below, part in [(name, item)] if dataclasses.is_dataclass(item) else inner:
+            yield from leaves(part, below)
+        if not inner and not dataclasses.is_dataclass(item):
+            yield "--" + name.replace("_", "-"), type(value), field.name, item
+
+
+@functools.cache
+def documented(kind):
+    """Field -> the text below it, in a class or those it comes from."""
+    found = {}
+    for base in reversed(kind.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+        for field, text in zip(body, body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                found[field.target.id] = " ".join(text.value.value.split())
+    return found
+
+
+def test_help_shows_every_field(tmp_path, capsys):
+    path = tmp_path / "everything.py"
+    path.write_text(EVERYTHING)
     with pytest.raises(SystemExit) as stop:
-        run(["train", str(write_config()), "--help"])
+        run(["train", str(path), "--help"])
     assert stop.value.code == 0
-    out = capsys.readouterr().out
-    for name in ("--optim.learning-rate", "--data.batch-size", "--model.towers.text.arch.width", "--run-dir"):
-        assert name in out
-    assert "Peak learning rate" in out and "2e-05" in out
+    out = " ".join(line.strip("│ ") for line in capsys.readouterr().out.splitlines())
+    told = {text.split(" ")[0].rstrip(","): text for text in re.split(r"(?<!,) (?=--[a-z])", out)}
+    met, hidden = set(), set()
+    for option, kind, field, value in leaves(from_file(path)):
+        met |= set(kind.__mro__)
+        options = [f"{option}.{key}" for key in value] if isinstance(value, dict) and value else [option]
+        if not value and option not in told:
+            hidden.add(field)
+            continue
+        assert set(options) <= set(told), option
+        first = " ".join(documented(kind)[field].split()[:4])
+        assert first in out if options != [option] else first in told[option], (option, first)
+    assert hidden == {"mine", "queries", "corpus", "layers"}  # configs of their own that are not there
+    assert {getattr(c, name) for name in c.__all__ if dataclasses.is_dataclass(getattr(c, name))} <= met
 
 
 # ---- data

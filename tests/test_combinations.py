@@ -20,7 +20,7 @@ DEVICES = (1, 2, 4, 8)
 class Bag:
     """A tower of three cheap layers over a table of tokens, pooled to their mean."""
 
-    width = D
+    width, normalize = D, False
     arch = types.SimpleNamespace(depth=3)
 
     def apply(self, params, column, *, row, key, want=("pooled",)):

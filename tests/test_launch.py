@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import jsonschema
@@ -23,10 +24,10 @@ FILES = ROOT / "launch"
 SETTINGS = {
     "local": {},
     "slurm": {"nodes": "2"},
-    "tpu-vm": {"zone": "z", "accelerator": "v5litepod-16", "run_dir": "gs://b/r"},
-    "jobset-tpu": {"image": "i", "run_dir": "gs://b/r", "slices": "2"},
-    "jobset-gpu": {"image": "i", "run_dir": "/shared/r", "hosts": "4"},
-    "sky": {"bucket": "b", "run_dir": "/checkpoints/r"},
+    "tpu-vm": {"zone": "z", "accelerator": "v5litepod-16", "nfs": "10.0.0.2:/share", "run_dir": "/runs/r"},
+    "jobset-tpu": {"image": "i", "claim": "shared", "run_dir": "/runs/r", "slices": "2"},
+    "jobset-gpu": {"image": "i", "claim": "shared", "run_dir": "/runs/r", "hosts": "4"},
+    "sky": {"volume": "v", "run_dir": "/runs/r"},
 }
 
 
@@ -51,7 +52,7 @@ def stub(folder, name, script):
 
 
 def calls(folder):
-    return [line.split("|") for line in (folder / "calls").read_text().splitlines()]
+    return [re.sub("  +", " ", line).split("|") for line in (folder / "calls").read_text().splitlines()]
 
 
 def with_stubs(folder, **variables):
@@ -94,11 +95,71 @@ def test_tpu_vm_waits_installs_runs_and_starts_over(tmp_path):
     delete = [*queued, "delete", "pod", *zone, "--force", "--quiet"]
     ssh = ["compute", "tpus", "tpu-vm", "ssh", "pod", *zone, "--worker=all", "--command"]
     copy = ["compute", "tpus", "tpu-vm", "scp", "--recurse", str(ROOT), "pod:embedjax-checkout", *zone, "--worker=all"]
-    install = [*ssh, "python3 -m pip install --quiet -e 'embedjax-checkout[tpu]'"]
-    train = "cd embedjax-checkout 2>/dev/null; EMBEDJAX_COORDINATOR=auto python3 -m embedjax train "
-    train = [*ssh, train + r"c.py --name two\ words --run-dir gs://b/r ; echo EMBEDJAX_EXIT=$?"]
-    once = [copy, install, train]
+    venv = "python3 -m pip install --quiet uv && python3 -m uv venv --quiet --allow-existing --python 3.12 embedjax-venv &&"
+    venv = [*ssh, f"{venv} python3 -m uv pip install --quiet --python embedjax-venv -e 'embedjax-checkout[tpu,gcs]'"]
+    train = "cd embedjax-checkout 2>/dev/null; EMBEDJAX_COORDINATOR=auto ~/embedjax-venv/bin/python -m embedjax train "
+    train = [*ssh, train + r"c.py --name two\ words --run-dir /runs/r ; echo EMBEDJAX_EXIT=$?"]
+    made = [["mount"] if "mountpoint" in "".join(call) else call for call in made]
+    once = [copy, venv, ["mount"], train]
     assert made == [ask, create, ask, ask, *once, ask, delete, ask, create, ask, *once, delete]
+
+
+def on_a_worker(tmp_path, settings):
+    """What one worker runs when the slice is there: gcloud runs the commands here, and the programs they call are stubs."""
+    script = """
+case "$*" in
+  *"storage buckets describe"*) echo "${NAMED:-True}";;
+  *describe*) echo ACTIVE;;
+  *"embedjax train"*) echo EMBEDJAX_EXIT=0;;
+  *mountpoint*) bash -c "${@: -1}";;
+esac"""
+    stub(tmp_path, "gcloud", script)
+    stub(tmp_path, "sudo", 'case "$1" in tee) cat >&2;; esac')
+    for name, result in {
+        "mountpoint": "exit 1",
+        "curl": "echo KEY",
+        "lsb_release": "echo jammy",
+        "gcsfuse": "",
+        "id": "echo 7",
+    }.items():
+        stub(tmp_path, name, result)
+    base = {name: value for name, value in SETTINGS["tpu-vm"].items() if name != "nfs"}
+    command = launch.prepare("tpu-vm", ["c.py"], {**base, "poll": "0", "keep": "1", **settings})
+    variables = with_stubs(tmp_path, **command.environment)
+    return subprocess.run(command.argv, env=variables, capture_output=True, text=True)
+
+
+def test_tpu_vm_mounts_an_nfs_share(tmp_path):
+    found = on_a_worker(tmp_path, {"nfs": "10.0.0.2:/a share"})
+    assert found.returncode == 0, found.stderr
+    made = [call for call in calls(tmp_path) if call[0] != "gcloud"]
+    assert ["sudo", "mount", "-t", "nfs", "-o", "nolock", "10.0.0.2:/a share", "/runs"] in made
+    assert made[0] == ["mountpoint", "-q", "/runs"] and any("nfs-common" in call for call in made)
+
+
+def test_tpu_vm_mounts_a_bucket(tmp_path):
+    found = on_a_worker(tmp_path, {"bucket": "b"})
+    assert found.returncode == 0, found.stderr
+    source = "deb [signed-by=/usr/share/keyrings/gcsfuse.asc] https://packages.cloud.google.com/apt gcsfuse-jammy main"
+    assert source in found.stderr and "KEY" in found.stderr
+    made = calls(tmp_path)
+    assert made[-2] == ["gcsfuse", "--metadata-cache-ttl-secs=0", "--metadata-cache-negative-ttl-secs=0", "b", "/runs"]
+    assert ["sudo", "chown", "7", "/runs"] in made
+
+
+def test_tpu_vm_refuses_a_flat_bucket(tmp_path, monkeypatch):
+    monkeypatch.setenv("NAMED", " ")
+    found = on_a_worker(tmp_path, {"bucket": "b"})
+    assert found.returncode == 2 and "hierarchical namespace" in found.stderr and len(calls(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("changed", [{"RUN_DIR": "/home/r"}, {"RUN_DIR": "/runs/"}, {"NFS": ""}])
+def test_tpu_vm_refuses_what_it_does_not_mount(changed, tmp_path):
+    stub(tmp_path, "gcloud", "")
+    given = {"NAME": "n", "ZONE": "z", "ACCELERATOR": "a", "RUN_DIR": "/runs/r", "NFS": "h:/s", **changed}
+    command = ["bash", str(FILES / "tpu_vm.sh"), "c.py"]
+    found = subprocess.run(command, env=with_stubs(tmp_path, **given), capture_output=True, text=True)
+    assert found.returncode == 2 and "/runs" in found.stderr and not (tmp_path / "calls").exists()
 
 
 @pytest.mark.parametrize("code", [2, 5])
@@ -121,17 +182,19 @@ def many(items, **more):
     return {"type": "array", "items": items, **more}
 
 
-TEXT, COUNT, FLAG = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
+TEXT, NUMBER, FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
+TEXTS = many(TEXT)
 LABELS = {"type": "object", "additionalProperties": TEXT}
+COUNT = {"type": "integer", "minimum": 0}
 NAME = {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "maxLength": 63}
-# What the manifests use of jobset.x-k8s.io/v1alpha2 (kubernetes-sigs/jobset, reference of the API) and of batch/v1 and v1
-# (Kubernetes API reference): names, types, what is required, and the values that are allowed.
+# Of Kubernetes' own types (core/v1, batch/v1), what the manifests use: names, types, what is required, and values that are
+# allowed; what its API checks besides, where it matters here.
 CONTAINER = strict(
     {
         "name": NAME,
         "image": {"type": "string", "minLength": 1},
-        "command": many(TEXT),
-        "args": many(TEXT),
+        "command": TEXTS,
+        "args": TEXTS,
         "env": many(
             strict(
                 {"name": TEXT, "value": TEXT, "valueFrom": strict({"fieldRef": strict({"fieldPath": TEXT}, ["fieldPath"])})},
@@ -142,7 +205,15 @@ CONTAINER = strict(
         "resources": strict({"limits": {"type": "object", "additionalProperties": {"type": ["integer", "string"]}}}),
         "volumeMounts": many(strict({"name": NAME, "mountPath": TEXT}, ["name", "mountPath"])),
     },
-    ["name", "image"],
+    ["name"],
+)
+VOLUME = strict(
+    {
+        "name": NAME,
+        "emptyDir": strict({"medium": {"enum": ["", "Memory"]}}),
+        "persistentVolumeClaim": strict({"claimName": NAME, "readOnly": FLAG}, ["claimName"]),
+    },
+    ["name"],
 )
 POD = strict(
     {
@@ -150,7 +221,7 @@ POD = strict(
         "terminationGracePeriodSeconds": COUNT,
         "nodeSelector": LABELS,
         "containers": many(CONTAINER, minItems=1),
-        "volumes": many(strict({"name": NAME, "emptyDir": strict({"medium": {"enum": ["", "Memory"]}})}, ["name"])),
+        "volumes": many(VOLUME),
     },
     ["containers", "restartPolicy"],
 )
@@ -161,11 +232,13 @@ POD_RULE = strict(
             {
                 "containerName": TEXT,
                 "operator": {"enum": ["In", "NotIn"]},
-                "values": many({"type": "integer", "minimum": 1, "maximum": 255}, minItems=1, uniqueItems=True),
+                "values": many({"type": "integer", "minimum": 1, "maximum": 255}, minItems=1, maxItems=255, uniqueItems=True),
             },
             ["operator", "values"],
         ),
-        "onPodConditions": many(strict({"type": TEXT, "status": {"enum": ["True", "False", "Unknown"]}}, ["type"])),
+        "onPodConditions": many(
+            strict({"type": TEXT, "status": {"enum": ["True", "False", "Unknown"]}}, ["type", "status"]), maxItems=20
+        ),
     },
     ["action"],
 )
@@ -176,10 +249,13 @@ JOB = strict(
         "completions": COUNT,
         "backoffLimit": COUNT,
         "podFailurePolicy": strict({"rules": many(POD_RULE, maxItems=20)}, ["rules"]),
-        "template": strict({"metadata": strict({"labels": LABELS, "annotations": LABELS}), "spec": POD}, ["spec"]),
+        "template": strict({"metadata": strict({"labels": LABELS, "annotations": LABELS}), "spec": POD}),
     },
     ["template"],
 )
+# JobSet's own fields, all of them, as the CRD of jobset.x-k8s.io/v1alpha2 (kubernetes-sigs/jobset) has them, and what its
+# webhook asks besides: the reasons, the name of a rule. What newer ones add is left out, for a cluster may not have it yet:
+# onJobFailureMessagePatterns, volumeClaimPolicies, InPlaceRestart, RestartJob and RestartJobAndIgnoreMaxRestarts.
 FAILURE_RULE = strict(
     {
         "name": {"type": "string", "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$", "maxLength": 128},
@@ -195,9 +271,26 @@ FAILURE_RULE = strict(
                 ]
             }
         ),
-        "targetReplicatedJobs": many(TEXT),
+        "targetReplicatedJobs": TEXTS,
     },
-    ["action"],
+    ["action", "name"],
+)
+REPLICATED_JOB = strict(
+    {
+        "name": NAME,
+        "groupName": TEXT,
+        "replicas": COUNT,
+        "template": strict(
+            {
+                "metadata": strict(
+                    {"name": TEXT, "namespace": TEXT, "labels": LABELS, "annotations": LABELS, "finalizers": TEXTS}
+                ),
+                "spec": JOB,
+            }
+        ),
+        "dependsOn": many(strict({"name": TEXT, "status": {"enum": ["Ready", "Complete"]}}, ["name", "status"])),
+    },
+    ["name", "template"],
 )
 JOBSET = strict(
     {
@@ -206,7 +299,9 @@ JOBSET = strict(
         "metadata": strict({"name": NAME, "annotations": LABELS}, ["name"]),
         "spec": strict(
             {
+                "replicatedJobs": many(REPLICATED_JOB, minItems=1),
                 "network": strict({"enableDNSHostnames": FLAG, "subdomain": TEXT, "publishNotReadyAddresses": FLAG}),
+                "successPolicy": strict({"operator": {"enum": ["All", "Any"]}, "targetReplicatedJobs": TEXTS}, ["operator"]),
                 "failurePolicy": strict(
                     {
                         "maxRestarts": COUNT,
@@ -214,18 +309,28 @@ JOBSET = strict(
                         "rules": many(FAILURE_RULE),
                     }
                 ),
-                "replicatedJobs": many(
-                    strict(
-                        {
-                            "name": NAME,
-                            "replicas": COUNT,
-                            "template": strict({"metadata": strict({"annotations": LABELS}), "spec": JOB}, ["spec"]),
-                        },
-                        ["name", "template"],
-                    ),
-                    minItems=1,
-                ),
+                "startupPolicy": strict({"startupPolicyOrder": {"enum": ["AnyOrder", "InOrder"]}}, ["startupPolicyOrder"]),
+                "suspend": FLAG,
+                "coordinator": strict({"replicatedJob": TEXT, "jobIndex": NUMBER, "podIndex": NUMBER}, ["replicatedJob"]),
+                "managedBy": TEXT,
+                "ttlSecondsAfterFinished": COUNT,
             }
+        ),
+    },
+    ["apiVersion", "kind", "metadata", "spec"],
+)
+CLAIM = strict(
+    {
+        "apiVersion": {"const": "v1"},
+        "kind": {"const": "PersistentVolumeClaim"},
+        "metadata": strict({"name": NAME}, ["name"]),
+        "spec": strict(
+            {
+                "accessModes": many({"const": "ReadWriteMany"}, minItems=1),
+                "storageClassName": TEXT,
+                "resources": strict({"requests": strict({"storage": {"type": "string", "pattern": "^[0-9]+[GT]i$"}})}),
+            },
+            ["accessModes", "resources"],
         ),
     },
     ["apiVersion", "kind", "metadata", "spec"],
@@ -249,10 +354,43 @@ def test_jobsets_follow_the_schema(target):
     rules = job["podFailurePolicy"]["rules"]
     assert rules[0]["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [75]}
     assert made["spec"]["failurePolicy"]["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
-    broken = manifest(target)
-    broken["spec"]["failurePolicy"]["rules"][0]["action"] = "RestartAll"
+    # The run folder is in what the claim mounts, and the claim is the one that was named.
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in job["template"]["spec"]["volumes"]}
+    assert mounts.keys() == volumes.keys() and volumes["runs"]["persistentVolumeClaim"] == {"claimName": "shared"}
+    assert mounts["runs"] == launch.MOUNT and Path(container["args"][-1]).parent == Path(mounts["runs"])
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("failurePolicy.rules.0.action", "RestartAll"),
+        ("failurePolicy.rules.0.onJobFailureReasons.0", "ExitCode"),
+        ("failurePolicy.rules.0", {"action": "RestartJobSet"}),  # the CRD asks for its name too
+        ("failurePolicy.restartStrategy", "Recreated"),
+        ("failurePolicy.maxRestart", 3),
+        ("successPolicy", {"operator": "Most"}),
+        ("network.enableDNSHostname", True),
+        ("replicatedJobs.0.replica", 2),
+        ("replicatedJobs.0.template.spec.podFailurePolicy.rules.1.onPodConditions.0", {"type": "DisruptionTarget"}),
+        ("replicatedJobs.0.template.spec.template.spec.volumes.0.persistentVolumeClaim", {"claim": "shared"}),
+    ],
+)
+def test_the_schema_refuses(path, value):
+    broken = manifest("jobset-gpu")
+    *above, last = path.split(".")
+    node = broken["spec"]
+    for key in above:
+        node = node[int(key) if isinstance(node, list) else key]
+    node[int(last) if isinstance(node, list) else last] = value
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(broken, JOBSET)
+
+
+def test_the_claim_that_storage_makes():
+    made = yaml.safe_load((FILES / "storage.yaml").read_text())
+    jsonschema.validate(made, CLAIM)
+    assert f"claim={made['metadata']['name']}" in (FILES / "jobset-tpu.yaml").read_text()
 
 
 def test_jobset_gpu_tells_the_pods_of_each_other():
@@ -263,8 +401,10 @@ def test_jobset_gpu_tells_the_pods_of_each_other():
 
 def test_sky():
     task = yaml.safe_load((FILES / "sky.yaml").read_text())
-    known = {"name", "resources", "num_nodes", "workdir", "envs", "file_mounts", "setup", "run"}
+    known = {"name", "resources", "num_nodes", "workdir", "envs", "file_mounts", "volumes", "setup", "run"}
     assert set(task) <= known and {"name", "resources", "run"} <= set(task)
+    # A volume, which all nodes mount; a bucket is no file system.
+    assert task["volumes"] == {launch.MOUNT: "${VOLUME}"} and Path(task["envs"]["RUN_DIR"]).parent == Path(launch.MOUNT)
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75, 70]
     assert set(re.findall(r"\$\{?([A-Z]+)\}?", task["setup"])) <= set(task["envs"])
     command = launch.prepare("sky", ["c.py", "--name", "two words"], {**SETTINGS["sky"], "nodes": "2"}).argv
@@ -278,10 +418,23 @@ def test_sky_runs_the_arguments_as_given(tmp_path):
     task = yaml.safe_load((FILES / "sky.yaml").read_text())
     stub(tmp_path, "python3", 'echo "$EMBEDJAX_COORDINATOR $EMBEDJAX_PROCESS_COUNT $EMBEDJAX_PROCESS_ID"')
     variables = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
-    variables |= {"CONFIG": "c.py", "ARGS": "--name 'two words'", "RUN_DIR": "/r"}
+    variables |= {"CONFIG": "c.py", "ARGS": "--name 'two words'", "RUN_DIR": "/runs/r"}
     found = subprocess.run(["bash", "-c", task["run"]], env=with_stubs(tmp_path, **variables), capture_output=True, text=True)
     assert found.stdout == "10.0.0.1:8476 2 1\n"
-    assert calls(tmp_path) == [["python3", "-m", "embedjax", "train", "c.py", "--run-dir", "/r", "--name", "two words"]]
+    assert calls(tmp_path) == [["python3", "-m", "embedjax", "train", "c.py", "--run-dir", "/runs/r", "--name", "two words"]]
+
+
+@pytest.mark.parametrize(("extra", "installed"), [("", ".[gcs]"), ("tpu", ".[gcs,tpu]")])
+def test_images_and_nodes_can_read_buckets(extra, installed, tmp_path):
+    stub(tmp_path, "python3", "")
+    stub(tmp_path, "python", "")
+    setup = yaml.safe_load((FILES / "sky.yaml").read_text())["setup"]
+    image = next(line for line in (FILES / "Dockerfile").read_text().splitlines() if line.startswith("RUN python"))
+    for script in (setup, image.removeprefix("RUN ")):
+        subprocess.run(["sh", "-c", script], env=with_stubs(tmp_path, EXTRA=extra), check=True)
+    assert [call[-1] for call in calls(tmp_path)] == [installed, installed]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "gcsfs" in extras["gcs"][0] and "tpu" in extras
 
 
 def test_dockerfile_copies_what_is_there():
@@ -308,8 +461,8 @@ def test_dry_run_prints_and_runs_nothing(target, monkeypatch, capsys):
     [
         (["slrm", "c.py"], ["slrm", "'slurm'"]),
         (["slurm"], ["config file"]),
-        (["jobset-tpu", "c.py"], ["--with image=...", "--with run_dir=..."]),
-        (["sky", "c.py", "--with", "buket=b"], ["buket", "'bucket'"]),
+        (["jobset-tpu", "c.py"], ["--with image=...", "--with claim=...", "--with run_dir=..."]),
+        (["sky", "c.py", "--with", "volum=b"], ["volum", "'volume'"]),
         (["local", "c.py", "--with", "processes"], ["NAME=VALUE"]),
     ],
 )
@@ -317,6 +470,19 @@ def test_wrong_launches(arguments, words, capsys):
     assert run(["launch", *arguments]) == 2
     err = capsys.readouterr().err
     assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize("target", ["tpu-vm", "jobset-tpu", "jobset-gpu", "sky"])
+@pytest.mark.parametrize("folder", ["gs://b/r", "/home/r", "runs/r", "/runs", "/runs/../r", "/runsx/r"])
+def test_a_run_folder_that_is_not_mounted(target, folder):
+    with pytest.raises(ConfigError, match="mount"):
+        launch.prepare(target, ["c.py"], SETTINGS[target] | {"run_dir": folder})
+
+
+@pytest.mark.parametrize("changed", [{"nfs": ""}, {"bucket": "b"}])
+def test_tpu_vm_mounts_one_thing(changed):
+    with pytest.raises(ConfigError, match="one of --with nfs"):
+        launch.prepare("tpu-vm", ["c.py"], SETTINGS["tpu-vm"] | changed)
 
 
 def test_a_program_that_is_not_there(monkeypatch, tmp_path):

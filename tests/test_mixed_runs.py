@@ -48,20 +48,28 @@ def losses(folder):
     return [row["loss"] for row in read_rows(folder / "metrics.jsonl")]
 
 
-def test_sets_of_different_losses_and_a_stop(make, tmp_path, monkeypatch):
-    config = make(mixing="weights")
-    whole = train(config, tmp_path / "whole").folder
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "stop_signal", lambda: contextlib.nullcontext(Stop(4)))
-        with pytest.raises(Saved, match="saved at step 5 of 8"):
-            train(config, tmp_path / "parts")
-    train(config, tmp_path / "parts")
-    assert losses(tmp_path / "parts") == losses(whole) and len(losses(whole)) == 8
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """`stopped(config)` -> the folders of a run, and of the same run stopped after five of its eight steps and gone on."""
+
+    def run(config):
+        whole = train(config, tmp_path / "whole").folder
+        with monkeypatch.context() as patch:
+            patch.setattr(runs, "stop_signal", lambda: contextlib.nullcontext(Stop(4)))
+            with pytest.raises(Saved, match="saved at step 5 of 8"):
+                train(config, tmp_path / "parts")
+        return whole, train(config, tmp_path / "parts").folder
+
+    return run
 
 
-def test_rows_of_all_sets_in_a_batch(make, tmp_path, capsys):
-    config = make(draw="rows", temperature=2.0)
-    folder = train(config, tmp_path / "run").folder
-    assert len(losses(folder)) == 8
-    assert [row["rows"] for row in json.loads((folder / "data.json").read_text())] == [64, 40]
+def test_sets_of_different_losses_and_a_stop(make, stopped):
+    whole, parts = stopped(make(mixing="weights"))
+    assert losses(parts) == losses(whole) and len(losses(whole)) == 8
+
+
+def test_rows_of_all_sets_in_a_batch_and_a_stop(make, stopped, capsys):
+    whole, parts = stopped(make(draw="rows", temperature=2.0))
+    assert losses(parts) == losses(whole) and len(set(losses(whole))) == 8
+    assert [row["rows"] for row in json.loads((whole / "data.json").read_text())] == [64, 40]
     assert "104 rows" in capsys.readouterr().out

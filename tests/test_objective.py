@@ -1,11 +1,13 @@
 """From a loss in the config to the objective: what is refused, which form is chosen, the guide, learned scale and bias."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from embedjax import config, objective, sharding
+from embedjax import build, config, objective, sharding
 from embedjax.config.errors import ConfigError
 from embedjax.losses import contrastive
 from embedjax.losses.contrastive import Guide, Pairs, Rule
@@ -39,6 +41,9 @@ def text(*shape, seed=0):
         ({"hardness": "hard"}, "hardness_strength"),
         ({"hardness_strength": 5.0}, "set both"),
         ({"hardness": "all", "hardness_strength": 50.0}, "hardness_strength"),
+        ({"scale": 0.5, "learn_scale": True}, "learned must be at least 1"),
+        ({"guide_margin": math.nan}, "guide_margin"),
+        ({"matryoshka": (8, 4), "matryoshka_weights": (1.0, math.inf)}, "matryoshka_weights"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(options, word):
@@ -84,6 +89,36 @@ def test_clip_and_siglip_train_scale_and_bias_within_bounds():
         held = objective.bound({"towers": {}, "loss": {"scale": jnp.float32(value), "bias": jnp.float32(-50.0)}})["loss"]
         np.testing.assert_allclose((held["scale"], held["bias"]), (kept, -50.0), rtol=1e-6)
     sharding.shardings({"loss": found}, ONE)
+
+
+def sets(*losses):
+    columns = {"anchor": "a", "positive": "b"}
+    return tuple(config.Set(columns=columns, loss=loss, name=f"set{i}") for i, loss in enumerate(losses))
+
+
+@pytest.mark.parametrize(
+    ("losses", "word"),
+    [
+        ((config.Siglip(), config.MultipleNegatives(learn_scale=True)), "'set0' and 'set1'.*scale.*10 and 20"),
+        ((config.Siglip(learn_scale=False), config.CoSent(), config.Siglip(bias=-5.0)), "'set0' and 'set2'.*bias.*-10 and -5"),
+        ((config.Sum(losses=(config.Siglip(), config.MultipleNegatives(learn_scale=True))),), "scale.*10 and 20"),
+    ],
+)
+def test_a_scale_or_bias_that_is_learned_begins_with_one_value(losses, word):
+    model = config.Model({"text": config.Tower(arch=ARCH, max_length=8)})
+    with pytest.raises(ConfigError, match=word):
+        build.resolve(config.Config(model=model, data=config.Data(sets=sets(*losses))))
+
+
+def test_what_is_learned_is_shared_by_sets_and_what_is_fixed_is_not():
+    agreed = sets(config.Siglip(), config.MultipleNegatives(scale=10.0, learn_scale=True), config.MultipleNegatives(scale=50.0))
+    assert objective.first_values(agreed, MODEL) == {"scale": 10.0, "bias": -10.0}
+
+
+@pytest.mark.parametrize("name", ["scale", "bias", "a/b"])
+def test_a_set_has_no_name_of_what_losses_learn(name):
+    with pytest.raises(ConfigError, match=f"named '{name}'"):
+        config.Set(name=name)
 
 
 def test_the_metrics_of_every_form_hold_the_cosine_of_the_positives_and_what_is_learned():

@@ -9,9 +9,10 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from embedjax import build, sharding
+from embedjax import build, commands, sharding
 from embedjax import config as c
 from embedjax.__main__ import run as command
+from embedjax.config import overrides
 from embedjax.config.errors import ConfigError
 from embedjax.plan import ahead, chips, measure, table, variants
 from embedjax.plan.flops import flops
@@ -280,21 +281,43 @@ def test_search(most, start, best):
     assert found == best or abs(found - best) <= best / 8
 
 
+def given(config, told):
+    """The config with the options that a change tells to give."""
+    return overrides.parse(commands.Plan, told.split(), prog="plan", default=commands.Plan(config)).config
+
+
 def test_changes_are_those_of_the_command_line(tiny_config):
     config = changed(tiny_config, task={"loss": c.MultipleNegatives(form="dense")}, data={"batch_size": 512})
     found = dict(variants.smaller(config, 8))
     assert list(found) == [
-        "--model.towers.text.remat True",
+        "--model.towers.text.remat",
         "--optim.cached 4",
         "--optim.cached 16",
         "--data.sets.0.loss.form ring",
         "--mesh.fsdp 8",
-        "--model.towers.text.remat True --optim.cached 16",
-        "--model.towers.text.remat True --optim.cached 64",
+        "--model.towers.text.remat --optim.cached 16",
+        "--model.towers.text.remat --optim.cached 64",
     ]
-    last = found["--model.towers.text.remat True --optim.cached 64"]
-    assert last.optim.cached == 64 and last.model.towers["text"].remat
-    assert found["--mesh.fsdp 8"].mesh.fsdp == 8 and found["--data.sets.0.loss.form ring"].data.sets[0].loss.form == "ring"
+    assert all(given(config, told) == made for told, made in found.items())
+
+
+@pytest.mark.parametrize(
+    ("loss", "offered"),
+    [
+        (c.MultipleNegatives(), ["tile 512"]),
+        (c.MultipleNegatives(form="ring"), ["tile 512"]),
+        (c.Siglip(form="tiled"), ["form ring", "tile 512"]),
+        (c.MultipleNegatives(tile=2048), ["tile 512"]),
+        (c.MultipleNegatives(tile=256), []),
+        (c.MultipleNegatives(form="dense", tile=2048), ["form ring"]),
+        (c.CoSent(), []),
+    ],
+)
+def test_smaller_tiles(loss, offered, tiny_config):
+    config = changed(tiny_config, task={"loss": loss}, data={"batch_size": 512})
+    found = {told: made for told, made in variants.smaller(config, 8) if ".loss." in told}
+    assert list(found) == [f"--data.sets.0.loss.{option}" for option in offered]
+    assert all(given(config, told) == made for told, made in found.items())
 
 
 # ---- the verb, in a process of its own
@@ -315,7 +338,7 @@ def test_a_plan_that_does_not_fit(tiny_config, tmp_path, capsys):
     arguments = ["plan", str(path), "--topology", "h100:2", "--memory", "0.0003", "--tries", "1", "--json", str(file)]
     assert command(arguments) == 6
     out, err = capsys.readouterr()
-    assert "DOES NOT FIT" in out and "simulated" in out and "--model.towers.text.remat True" in out
+    assert "DOES NOT FIT" in out and "simulated" in out and "--model.towers.text.remat" in out
     assert err.splitlines()[-1] == "embedjax: it does not fit on h100:2"
     (step,) = (found := json.loads(file.read_text()))["steps"]
     assert found["devices"] == 2 and step["batch"] == 64 and not step["fits"] and len(found["changes"]) == 1

@@ -115,6 +115,11 @@ def losses(folder):
     return np.array([row["loss"] for row in read_rows(folder / "metrics.jsonl")])
 
 
+def assert_same_losses(found, wanted):
+    np.testing.assert_allclose(found[:20], wanted[:20], rtol=1e-6)
+    np.testing.assert_allclose(found, wanted, rtol=1e-3)  # rounding grows; another row would change a loss by a tenth
+
+
 def evaluated(folder):
     return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
@@ -173,9 +178,7 @@ def test_a_signal_to_one_stops_all_at_one_step_and_other_counts_go_on(tmp_path, 
         assert last.codes() == [0], last.told()
     with Run(tmp_path / "whole", pairs_file, 1, devices=4, steps=steps) as whole:
         assert whole.codes() == [0], whole.told()
-    found, wanted = losses(folder), losses(tmp_path / "whole")
-    np.testing.assert_allclose(found[:20], wanted[:20], rtol=1e-6)
-    np.testing.assert_allclose(found, wanted, rtol=1e-3)  # rounding grows; another row would change a loss by a tenth
+    assert_same_losses(losses(folder), losses(tmp_path / "whole"))
 
 
 @pytest.mark.slow
@@ -198,6 +201,12 @@ def test_a_killed_process_ends_the_others_in_time_with_a_line_of_ours(tmp_path, 
         assert any("going on at step" in line for line in again.said(0))
         again.processes[0].send_signal(signal.SIGTERM)
         assert again.codes() == [75, 75], again.told()
+    found = losses(tmp_path / "run")
+    with Run(tmp_path / "whole", pairs_file, 1, devices=4, steps=100_000) as whole:
+        whole.wait_for(len(found))
+        whole.processes[0].send_signal(signal.SIGTERM)
+        assert whole.codes() == [75], whole.told()
+    assert_same_losses(found, losses(tmp_path / "whole")[: len(found)])
 
 
 @pytest.mark.slow

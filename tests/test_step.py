@@ -18,7 +18,15 @@ ARCH = config.Bert(
 MODEL = config.Model({"text": config.Tower(arch=ARCH)})
 EMBEDDERS = {"text": Embedder(ARCH)}
 INIT = jax.jit(EMBEDDERS["text"].init)
-ONE = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+
+
+def mesh_of(data, fsdp):
+    return sharding.make_mesh(config.Mesh(data, fsdp), jax.devices()[: data * fsdp])
+
+
+ONE = mesh_of(1, 1)
+# One device is the simpler case: `slow` has it.
+several = pytest.mark.parametrize(("data", "fsdp"), [(2, 2), pytest.param(1, 1, marks=pytest.mark.slow)])
 
 
 def batch(negatives=1, seed=0):
@@ -74,8 +82,7 @@ def plain():
 
 @pytest.mark.parametrize(("data", "fsdp"), [(2, 2), (4, 2)])
 def test_same_step_on_every_mesh_with_dropout(plain, data, fsdp):
-    mesh = sharding.make_mesh(config.Mesh(data, fsdp), jax.devices()[: data * fsdp])
-    state, metrics, _ = run(task(), batch(), mesh=mesh)
+    state, metrics, _ = run(task(), batch(), mesh=mesh_of(data, fsdp))
     np.testing.assert_allclose(metrics["loss"], plain[1]["loss"], rtol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], plain[1]["grad_norm"], rtol=1e-4)
     # The first moment is the clipped gradient itself; Adam's first update is its sign, which rounding may turn.
@@ -84,8 +91,10 @@ def test_same_step_on_every_mesh_with_dropout(plain, data, fsdp):
     assert ("fsdp" in kernel.sharding.spec) or fsdp == 1
 
 
-def test_accumulation_is_the_mean_of_the_parts(plain):
-    state, metrics, _ = run(task(), batch(), gradient=lambda o: step.accumulated(o, 4), clip_norm=0.0)
+@several
+def test_accumulation_is_the_mean_of_the_parts(plain, data, fsdp):
+    gradient = lambda made: step.accumulated(made, 4)
+    state, metrics, _ = run(task(), batch(), mesh=mesh_of(data, fsdp), gradient=gradient, clip_norm=0.0)
     which, columns = task(), batch()
     made = objective.make(which, MODEL, EMBEDDERS, ONE)
     params, constants = start(which)[0].params, {}
@@ -99,19 +108,26 @@ def test_accumulation_is_the_mean_of_the_parts(plain):
     assert abs(float(metrics["loss"]) - float(plain[1]["loss"])) > 1e-2  # fewer negatives: another loss
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted():
-    which, columns = task(learn_scale=True), batch()
+@several
+def test_a_step_that_is_not_finite_is_skipped_and_counted(data, fsdp):
+    """One number of a matrix is enough, on whichever device it lies."""
+    which, mesh = task(learn_scale=True), mesh_of(data, fsdp)
     state, constants, tx, schedule = start(which)
-    broken = jax.tree.map(lambda x: x, state.params)
-    broken["towers"]["text"]["encoder"]["norm"]["scale"] = (
-        broken["towers"]["text"]["encoder"]["norm"]["scale"].at[0].set(jnp.nan)
-    )
-    made = jax.jit(step.make(step.plain(objective.make(which, MODEL, EMBEDDERS, ONE)), tx, schedule, 0))
-    bad = state._replace(params=broken)
+    shardings = sharding.shardings(state, mesh)
+    columns, state = sharding.place(batch(), mesh), jax.device_put(state, shardings)
+    kernel = state.params["towers"]["text"]["encoder"]["blocks"]["up"]["kernel"]
+    broken = jax.device_put(kernel.at[0, -1, -1].set(jnp.nan), kernel.sharding)
+    put = lambda path, x: broken if sharding.path_of(path).endswith("up/kernel") else x
+    bad = state._replace(params=jax.tree_util.tree_map_with_path(put, state.params))
+    gradient = step.plain(objective.make(which, MODEL, EMBEDDERS, mesh))
+    made = sharding.in_sight(mesh, step.make(gradient, tx, schedule, 0))
+    made = jax.jit(made, out_shardings=(shardings, None))  # not donated: states are looked at again
     after, metrics = made(bad, constants, columns)
     assert not np.isfinite(metrics["loss"]) and int(metrics["skipped"]) == 1 and int(metrics["in_a_row"]) == 1
     assert int(after.step) == 1
-    jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (bad.params, bad.opt_state))
+    for kept, had in zip(jax.tree.leaves(after[1:3]), jax.tree.leaves(bad[1:3]), strict=True):
+        for shard, before in zip(kept.addressable_shards, had.addressable_shards, strict=True):
+            np.testing.assert_array_equal(shard.data, before.data)
     after, metrics = made(after, constants, columns)
     assert int(metrics["in_a_row"]) == 2
     after, metrics = made(after._replace(params=state.params), constants, columns)

@@ -54,9 +54,31 @@ def test_everything_is_found(faulty):
     assert any(finding.startswith("tokens: [CLS]") for _, finding, _ in lines)
 
 
-def test_a_part_of_the_rows(faulty):
-    found = dict((what, finding) for what, finding, _ in survey(dataclasses.replace(faulty, evaluate=c.Evaluate()), limit=10))
-    assert found["set 'train'"] == "40 rows, 10 of them looked at"
+def test_lengths_of_a_part_and_all_else_of_every_row(faulty):
+    whole, part = ({what.strip(): told for what, *told in survey(faulty, limit=limit) if what} for limit in (100, 10))
+    assert part.pop("set 'train'") == ["40 rows; lengths are those of 10", True]
+    for name in ("bad rows", "repeated rows", "repeated anchor", "anchor = positive", "task 'held out' query"):
+        assert part[name] == whole[name] and not part[name][1]
+    assert part["anchor"] != whole["anchor"]
+
+
+def test_texts_are_cut_where_the_last_bucket_ends(faulty):
+    buckets = dataclasses.replace(faulty.data, buckets=((4, 8), (3, 3)))
+    lines = list(survey(dataclasses.replace(faulty, data=buckets, evaluate=c.Evaluate())))
+    found = {what.strip(): finding for what, finding, _ in lines if what}
+    assert "; 97.4% are cut to 4" in found["anchor"] and "; 0.0% are cut to 8" in found["positive"]
+    tokens = [finding.removeprefix("tokens: ").split() for _, finding, _ in lines if finding.startswith("tokens: ")]
+    assert len(tokens) == 6 and all(len(shown) == 4 for shown in tokens[::2]) and max(map(len, tokens)) > 4
+
+
+@pytest.mark.parametrize("kind", [c.Classification, c.KnnClassification])
+def test_what_a_probe_learns_from_may_be_trained_on(faulty, tmp_path, kind):
+    train, test = tmp_path / "train.jsonl", tmp_path / "labelled.jsonl"
+    train.write_text("".join(json.dumps({"text": f"red cat {k}", "label": k % 2}) + "\n" for k in range(8)))
+    test.write_text("".join(json.dumps({"text": f"new {k}", "label": k % 2}) + "\n" for k in range(3)))
+    task = kind(c.File(str(test)), train=c.File(str(train)), name="probe")
+    found = [line for line in survey(dataclasses.replace(faulty, evaluate=c.Evaluate(tasks=(task,)))) if "probe" in line[0]]
+    assert found == [("task 'probe' anchor", "3 texts; none of them trained on", True)]
 
 
 def test_keys_pass_over_case_and_spaces():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import jax
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 
 from embedjax import build, commands, search, sharding
 from embedjax import config as c
-from embedjax.config.errors import ConfigError
+from embedjax.config.errors import ConfigError, StorageError
 from embedjax.evaluate.encode import encode
 from embedjax.evaluate.tasks import evaluate
-from embedjax.export import export
-from embedjax.load import assemble, load
+from embedjax.export import export, gate
+from embedjax.export.card import card as card_of
+from embedjax.load import assemble, load, make_texts, resolve_tower
+from embedjax.models.folders import read_tower
 from embedjax.train import train
 
 WORDS = ["red", "green", "blue", "small", "large", "old", "new", "round", "flat", "quiet"]
@@ -135,6 +138,48 @@ def test_towers_go_on_from_an_exported_folder(two, result, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params["towers"]), trained)
 
 
+def prompted(run, prompts, default):
+    """The model of a run with other prompts."""
+    towers = {name: dataclasses.replace(t, prompts=prompts, default_prompt=default) for name, t in run.config.towers.items()}
+    texts = {name: dataclasses.replace(t, prompts=prompts, default_prompt=default) for name, t in run.texts.items()}
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, towers=towers), texts=texts)
+
+
+def test_default_prompts_of_two_towers_come_back(result, tmp_path):
+    made = prompted(load(result.folder), {"page": "quiet "}, "page")
+    export(made, tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "config_sentence_transformers.json").read_text())
+    assert settings["default_prompt_name"] == "document" and settings["prompts"]["document"] == "quiet "
+    read = load(tmp_path / "out")
+    assert [tower.default_prompt for tower in read.config.towers.values()] == ["page", "page"]
+    for column in ("query", "document", "anchor", "positive"):
+        np.testing.assert_allclose(encode(read, TEXTS, column=column), encode(made, TEXTS, column=column), atol=1e-5)
+    (tmp_path / "out" / "query" / "config_sentence_transformers.json").unlink()  # as sentence-transformers saves a Router
+    assert read_tower(tmp_path / "out" / "query").default_prompt == "document"
+
+
+def test_a_default_prompt_can_be_dropped(result, tmp_path):
+    made = prompted(load(result.folder), {"page": "quiet "}, "page")
+    export(made, tmp_path / "out")
+    folder = tmp_path / "out" / "document"
+    assert resolve_tower(c.Tower(init=str(folder))).default_prompt == "page"
+    dropped = resolve_tower(c.Tower(init=str(folder), prompts={}, default_prompt=""))
+    assert not dropped.default_prompt and dropped.prompt_for("positive") is None
+    assert resolve_tower(dropped) == dropped
+    texts, plain = make_texts(dropped, folder), load(result.folder).texts["document"]
+    np.testing.assert_array_equal(texts.encode(TEXTS)["ids"], plain.encode(TEXTS)["ids"])
+    with pytest.raises(ConfigError, match="'page' is not among the prompts .*\"\" for none"):
+        resolve_tower(c.Tower(init=str(folder), prompts={}))
+
+
+def test_a_file_is_no_folder_to_write(result, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    for replace in (False, True):
+        with pytest.raises(StorageError, match="out is a file"):
+            export(load(result.folder), tmp_path / "out", replace=replace)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_two_bare_encoders(result, tmp_path):
     """Each is the folder of an encoder; a model of shared sizes needs no second tokenizer or architecture."""
     run = load(result.folder)
@@ -145,5 +190,22 @@ def test_two_bare_encoders(result, tmp_path):
     made = assemble(config, {"towers": both(run.params["towers"])}, texts, both(run.tokenizers), "two")
     assert export(made, tmp_path / "out", "hf") < 1e-5
     assert not (tmp_path / "out" / "modules.json").exists() and (tmp_path / "out" / "query" / "config.json").exists()
+    assert gate.check(tmp_path / "out") == {
+        "embedjax": pytest.approx(0, abs=1e-5),
+        "sentence-transformers": "does not read this format",
+    }
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'SentenceTransformer(f"path/to/out/{side}")' in card and "encode_query" not in card and "## Prompts" not in card
     read = load(tmp_path / "out").config
     assert read.routes == {"query": "query", "document": "document"} and read.towers["query"].max_length == 5
+
+
+def test_the_card_shows_the_prompt_of_each_side(result):
+    made = load(result.folder)
+    told = card_of(made, "x").split("## Prompts")[1]
+    assert "| query | `find ` |" in told and "| document | `new ` |" in told and "| odd | `quiet ` |" in told
+    assert "encode_query" in card_of(made, "x")
+    apart = dict(made.config.towers)
+    apart["document"] = dataclasses.replace(apart["document"], prompts={"query": "another ", "document": "house "})
+    told = card_of(dataclasses.replace(made, config=dataclasses.replace(made.config, towers=apart)), "x").split("## Prompts")[1]
+    assert "| query | `find ` |" in told and "| document | `house ` |" in told and "another" not in told

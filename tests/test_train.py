@@ -9,11 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from embedjax import runs, sharding
+from embedjax import build, runs, sharding
+from embedjax import config as c
 from embedjax.checkpoint import Checkpoints
 from embedjax.config import Evaluate, Export, Model, MultipleNegatives, serialize
 from embedjax.config.errors import ConfigError, DataError, NonFiniteError, Saved, StorageError
+from embedjax.evaluate import tasks
 from embedjax.evaluate.encode import encode
+from embedjax.evaluate.tasks import retrieval
 from embedjax.load import load
 from embedjax.lock import hold
 from embedjax.metrics.writers import read_rows
@@ -200,17 +203,97 @@ def test_a_start_that_failed_leaves_no_tokenizer_behind(tiny_config, tmp_path, p
     assert "zebra" in (tmp_path / "run" / "tokenizer" / "text" / "vocab.txt").read_text().split()
 
 
+def scores_of(folder):
+    """The scores that each save has."""
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        return {step: checkpoints.record(step).metrics for step in checkpoints.steps()}
+
+
 def test_a_stop_at_an_evaluation_saves_first_and_evaluates_on_return(tiny_config, tmp_path, use_devices, monkeypatch):
-    config = dataclasses.replace(tiny_config, evaluate=dataclasses.replace(tiny_config.evaluate, every=4))
+    """The scores are then those of the save too, which may be the best."""
+    config = dataclasses.replace(
+        tiny_config, evaluate=dataclasses.replace(tiny_config.evaluate, every=4), checkpoint=c.Checkpoint(every=5, keep=9)
+    )
     train(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         stop_at(patch, 4)
         with pytest.raises(Saved):
             train(config, tmp_path / "parts")
-    assert runs.evaluations(tmp_path / "parts") == []
+    assert runs.evaluations(tmp_path / "parts") == [] and scores_of(tmp_path / "parts") == {4: {}}
     train(config, tmp_path / "parts")
-    assert [row["step"] for row in runs.evaluations(tmp_path / "parts")] == [4, 8, 10]
-    assert runs.evaluations(tmp_path / "parts") == runs.evaluations(tmp_path / "whole")
+    found = runs.evaluations(tmp_path / "parts")
+    assert [row["step"] for row in found] == [4, 8, 10]
+    assert found == runs.evaluations(tmp_path / "whole")
+    assert scores_of(tmp_path / "parts") == scores_of(tmp_path / "whole")
+    assert {5: {}} | {row.pop("step"): row for row in found} == scores_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("error", [NonFiniteError("not finite"), MemoryError("out of memory")], ids=repr)
+def test_an_evaluation_that_fails_costs_no_training(tiny_config, tmp_path, use_devices, monkeypatch, error):
+    def fails(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "evaluate", fails)
+        with pytest.raises(type(error)):
+            train(tiny_config, tmp_path / "run")
+    assert saved(tmp_path / "run")[1] == 10
+    monkeypatch.setattr(Checkpoints, "save", lambda *_, **__: pytest.fail("trained again"))
+    assert train(tiny_config, tmp_path / "run").scores == scores_of(tmp_path / "run")[10] != {}
+
+
+LABELLED = c.Set(columns={"anchor": "question", "label": "kind"}, loss=c.Classify(), name="kinds", labels=("odd", "even"))
+
+
+@pytest.mark.parametrize(
+    ("sets", "task", "words"),
+    [
+        ((), c.Sts(dims=(8, 17)), "task 'sts', tower 'text': dims holds 17; .* 16"),
+        ((), c.Sts(prompt="serach"), "task 'sts', tower 'text': there is no prompt .* 'serach'; did you mean 'search'"),
+        ((), c.HeadAccuracy(), "'tiny' has no class head"),
+        ((LABELLED,), c.HeadAccuracy(head="kind"), "no class head 'kind'; did you mean 'kinds'"),
+        ((LABELLED, dataclasses.replace(LABELLED, name="others")), c.HeadAccuracy(), r"\['kinds', 'others'\]; say which"),
+        ((LABELLED,), c.HeadAccuracy(columns={"text": "a", "other": "b", "label": "c"}), "the class head reads single texts"),
+    ],
+)
+def test_a_task_that_the_model_cannot_be_scored_on_is_refused_before_training(tiny_config, sets, task, words):
+    tower = dataclasses.replace(tiny_config.model.towers["text"], prompts={"search": "find: "})
+    config = dataclasses.replace(
+        tiny_config,
+        model=Model({"text": tower}),
+        data=dataclasses.replace(tiny_config.data, sets=(*tiny_config.data.sets, *sets)),
+        evaluate=Evaluate(tasks=(task,)),
+    )
+    with pytest.raises(ConfigError, match=words):
+        build.resolve(config)
+    right = Evaluate(tasks=(c.Sts(dims=(8, 16), prompt="search"), *(c.HeadAccuracy(head=kinds.name) for kinds in sets[:1])))
+    build.resolve(dataclasses.replace(config, evaluate=right))
+
+
+def test_labels_that_no_head_will_know_are_refused_before_training(tiny_config, tmp_path, use_devices):
+    file = tmp_path / "labels.tsv"
+    file.write_text("text\tlabel\nred cat\todd\nblue dog\tevne\n")
+    config = dataclasses.replace(
+        tiny_config,
+        data=dataclasses.replace(tiny_config.data, sets=(*tiny_config.data.sets, LABELLED)),
+        evaluate=Evaluate(tasks=(c.HeadAccuracy(c.File(str(file))),)),
+    )
+    with pytest.raises(DataError, match="task 'head': the head knows no label 'evne'; did you mean 'even'"):
+        build.prepare(build.resolve(config))
+    file.write_text(file.read_text().replace("evne", "even"))
+    assert build.prepare(build.resolve(config))[0].labels == [("odd",), ("even",)]
+
+
+def test_a_baseline_run_ends_with_three_queries_answered_on_the_mesh(tiny_config, tmp_path, use_devices, monkeypatch, capsys):
+    use_devices(2)
+    asked, topk = [], retrieval.topk
+    record = lambda queries, *rest, mesh: asked.append((len(queries), mesh and mesh.size)) or topk(queries, *rest, mesh=mesh)
+    monkeypatch.setattr(retrieval, "topk", record)
+    evaluate = dataclasses.replace(tiny_config.evaluate, baseline=True)
+    train(dataclasses.replace(tiny_config, steps=1, evaluate=evaluate, export=Export("none")), tmp_path / "run")
+    assert asked == [(20, 2), (20, 2), (3, 2)]
+    said = capsys.readouterr().out
+    assert said.count("\n? ") == 3 and "untrained" in said and "BM25" in said
 
 
 def test_bfloat16_runs_pass_the_gate_and_accumulation_trains(tiny_config, tmp_path, use_devices):
@@ -244,6 +327,3 @@ def test_a_guided_cached_run_trains_one_tower_and_exports_it(tiny_config, tmp_pa
     np.testing.assert_allclose(encode(exported, ["red cat"]), encode(trained, ["red cat"]), atol=1e-5)
     assert set(exported.config.towers) == {"text"} and set(trained.config.towers) == {"text", "guide"}
     assert {path.split("/")[2] for path in saved(tmp_path / "run")[0] if path.startswith("params/")} == {"text"}
-    wrong = dataclasses.replace(config, model=dataclasses.replace(model, columns={"anchor": "txet"}))
-    with pytest.raises(ConfigError, match="'txet'.*text"):
-        train(wrong, tmp_path / "wrong")

@@ -138,18 +138,70 @@ def test_layers_held_still_keep_every_bit_and_the_average_follows_the_rest(sizes
     )
 
 
-@pytest.mark.slow
-def test_frozen_layers_cost_no_backward_pass():
-    """With all but the top layer of four frozen, most of the backward pass is gone."""
-    arch = dataclasses.replace(ARCH, depth=4, dropout=0.0)
-    flops = []
-    for frozen in (0, 3):
-        made = make_config(freeze_layers=frozen, arch=arch)
+def products(program, times=1):
+    """How many matrix products a traced program makes; those of a loop as often as it goes round."""
+    found = 0
+    for equation in program.eqns:
+        found += times * (equation.primitive.name == "dot_general")
+        rounds = times * equation.params.get("length", 1) if equation.primitive.name == "scan" else times
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            found += products(inner, rounds) if hasattr(inner, "eqns") else 0
+    return found
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_frozen_layers_have_no_backward_pass(layers, remat):
+    arch, found = dataclasses.replace(ARCH, depth=4, dropout=0.0), []
+    for frozen in (0, 1, 3):
+        made = make_config(freeze_layers=frozen, arch=arch, layers=layers, remat=remat)
         parts = build.parts(made, mesh_of())
-        lowered = parts.steps["pairs"].lower(parts.abstract, parts.constants, build.placed(batch(), mesh_of()))
-        flops.append(lowered.compile().cost_analysis()["flops"])
-    # Forward 1, backward 2: of 12 parts of work 6 are left.
-    assert flops[1] < 0.62 * flops[0]
+        traced = parts.steps["pairs"].trace(parts.abstract, parts.constants, build.placed(batch(), mesh_of()))
+        found.append(products(traced.jaxpr.jaxpr))
+    # A layer has 8 products: query, key, value, their scores, the values' mean, out, up, down; each has two for its gradient.
+    backward = 2 * 8 + 8 * remat
+    assert found[0] - found[1] >= backward and found[0] - found[2] >= 3 * backward
+    assert found[2] >= found[0] - 3 * backward - 3  # those of the first trained layer's own input may go too
+
+
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_frozen_layers_change_no_number(layers):
+    """Each layer's vectors are those of the whole tower, in value; gradients stop below the first layer that is trained."""
+    embedder = Embedder(dataclasses.replace(ARCH, depth=3, dropout=0.0), layers=layers)
+    tower = jax.jit(embedder.init)(jax.random.key(0))
+    column = batch()["anchor"]
+
+    def value(params, embedder):
+        out = embedder.apply(params, column, want=("pooled", "layers"))
+        return (out.pooled**3).sum(), (out.pooled, out.layers)
+
+    run = lambda still: jax.jit(jax.grad(lambda p: value(p, dataclasses.replace(embedder, still=still)), has_aux=True))(tower)
+    whole, wanted = run(0)
+    for still in (1, 3):
+        grads, found = run(still)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, wanted)
+        for path, grad in flat(grads).items():
+            kept = flat(whole)[path] * (np.arange(3) >= still).reshape(-1, *(1,) * (grad.ndim - 1)) if "blocks" in path else 0
+            np.testing.assert_allclose(grad, kept, atol=1e-5, err_msg=path)
+
+
+def test_a_decoder_tied_to_frozen_layers_leaves_them_alone():
+    """TSDAE writes with the tower's own layers: frozen ones get no gradient there either, the decoder's own part does."""
+    task = config.Set(columns={"anchor": "a"}, loss=config.DenoisingAutoEncoder())
+    model, embedders = config.Model({"text": config.Tower(arch=ARCH, freeze_layers=1)}), {"text": Embedder(ARCH)}
+    made = objective.make(task, model, embedders, mesh_of())
+    own = objective.loss_params(task, model, embedders, jax.random.key(0))
+    columns = {name: x for name, x in batch().items() if name in ("anchor", "row")}
+    columns["anchor"]["word"] = np.where(columns["anchor"]["mask"], np.arange(L), -1).astype(np.int32)
+
+    def value(params):
+        return made.loss(params, made.encode(params, {}, columns, jnp.uint32(0)), {}, None)[0]
+
+    grads = jax.jit(jax.grad(value))({"towers": {"text": {"encoder": params()["encoder"]}}, "loss": own})
+    for path, grad in flat(grads).items():
+        if "/blocks/" in path and not path.endswith("key/bias"):  # which no softmax sees
+            assert np.any(grad[1:]) and np.any(grad[:1]) == path.startswith("loss/"), path
 
 
 @pytest.mark.slow

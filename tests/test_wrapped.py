@@ -1,6 +1,7 @@
 """What wraps a loss: prefixes, drawn ones, layers and sums, against the sums written out; teachers; dot products; refusals."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import pytest
 
 from embedjax import config, objective, sharding
 from embedjax.config.errors import ConfigError
-from embedjax.losses import compose, contrastive, pairwise, triplet
+from embedjax.losses import classify, compose, contrastive, distill, pairwise, triplet
 from embedjax.losses.contrastive import Pairs, Rule, normalize
+from embedjax.models import classifier
 from embedjax.models.embedder import Embedder
 from embedjax.objective.encoding import LAYERS, PREFIXES, drawn
 from embedjax.objective.wrapped import chosen_prefixes
@@ -31,18 +33,18 @@ DIMS, WEIGHTS = (4, 16, 9), (1.0, 0.5, 2.0)
 COLUMNS = ("anchor", "positive", "negative", "negative_2")
 
 
-def make(loss, *columns, tower=TOWER, **options):
+def make(loss, *columns, tower=TOWER, embedder=EMBEDDER, **options):
     model = config.Model(
         {"text": tower, "wise": dataclasses.replace(tower, similarity="dot")}, {"anchor": "text", "positive": "text"}
     )
     task = config.Set(columns={name: name for name in columns or COLUMNS}, loss=loss, **options)
-    return objective.make(task, model, dict.fromkeys(model.towers, EMBEDDER), ONE)
+    return objective.make(task, model, dict.fromkeys(model.towers, embedder), ONE)
 
 
-def same(loss, wanted, outputs=LAST, targets=None, columns=COLUMNS, keys=(KEY,), **options):
+def same(loss, wanted, outputs=LAST, targets=None, columns=COLUMNS, keys=(KEY,), params=None, **options):
     """The loss is `wanted(outputs, key)`, both in one program."""
     made = make(loss, *columns, **options)
-    both = jax.jit(lambda outputs, targets, key: (made.loss({}, outputs, targets, key), wanted(outputs, key)))
+    both = jax.jit(lambda outputs, targets, key: (made.loss(params or {}, outputs, targets, key), wanted(outputs, key)))
     for key in keys:
         (found, metrics), known = both(outputs, targets, key)
         np.testing.assert_allclose(found, known, rtol=1e-5)
@@ -170,16 +172,66 @@ def test_a_teacher_of_its_own_similarity_teaches_scores():
         made.targets({}, columns)
 
 
-def test_a_stored_vector_is_cut_with_the_prefix():
-    taught = jnp.asarray(RNG.normal(size=(B, 1, D)), jnp.float32)
+AS_IT_IS = dataclasses.replace(EMBEDDER, normalize=False)
+TAUGHT = jnp.asarray(RNG.normal(size=(B, D)), jnp.float32)
+STORED = {"anchor": TAUGHT, "positive": TAUGHT[:, None]}
+
+
+@pytest.mark.parametrize("embedder", [EMBEDDER, AS_IT_IS], ids=["unit", "as it is"])
+def test_a_stored_vector_is_cut_as_the_student_is(embedder):
+    """Normalised where the tower normalises, as evaluation does; and it is the anchor's and the positive's, no negative's."""
+    cut = lambda x, d: normalize(x[..., :d]) if embedder.normalize else x[..., :d]
 
     def wanted(outputs, key):
-        every = jnp.concatenate([outputs["anchor"][:, None], outputs["positive"]], 1)
-        return sum(((normalize(every[..., :d]) - taught[..., :d]) ** 2).mean() for d in (16, 4))
+        each = jnp.stack([outputs["anchor"], outputs["positive"][:, 0]], 1)
+        part = lambda d: ((cut(each, d) - (cut(TAUGHT, d) if d < D else TAUGHT)[:, None]) ** 2).mean()
+        return part(16) + 2 * part(4)
 
-    same(config.VectorDistillation(matryoshka=(16, 4)), wanted, LAST, taught, (*COLUMNS, "vector"))
+    options = {"matryoshka": (16, 4), "matryoshka_weights": (1.0, 2.0)}
+    pairs = {**LAST, "positive": LAST["positive"][:, :1]}
+    columns = ("anchor", "positive", "vector")
+    same(config.VectorDistillation(**options), wanted, pairs, STORED, columns, embedder=embedder)
+    loss = config.Sum(losses=(config.VectorDistillation(), config.Triplet()), weights=(1.0, 0.0), **options)
+    same(loss, wanted, LAST, (STORED, None), (*COLUMNS, "vector"), embedder=embedder)
+    made = make(config.VectorDistillation(), *columns)
+    stored = made.targets({}, {"vectors": TAUGHT})
+    jax.tree.map(np.testing.assert_array_equal, stored, STORED)
     with pytest.raises(ConfigError, match="have 8 numbers, the student's 16.*Dense"):
-        make(config.VectorDistillation(), "anchor", "vector").loss({}, LAST, taught[..., :8], None)
+        made.loss({}, pairs, made.targets({}, {"vectors": TAUGHT[:, :8]}), None)
+
+
+@pytest.mark.parametrize("embedder", [EMBEDDER, AS_IT_IS], ids=["unit", "as it is"])
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_class_head_reads_prefixes_as_they_are_evaluated(embedder, summed):
+    """Normalised where the tower normalises; in a sum beside a loss whose prefixes always are."""
+    labels, options = jnp.arange(B) % 3, {"matryoshka": DIMS, "matryoshka_weights": WEIGHTS}
+    head = {"kernel": jnp.asarray(RNG.normal(size=(D, 3)), jnp.float32), "bias": jnp.zeros(3)}
+    cut = lambda x, d: normalize(x[..., :d]) if embedder.normalize else x[..., :d]
+
+    def wanted(outputs, key):
+        total = 0.0
+        for d, w in zip(DIMS, WEIGHTS, strict=True):
+            scores = classifier.scores(head["kernel"], head["bias"], cut(outputs["anchor"], d))
+            total += w * classify.cross_entropy(scores, labels)[0]
+            if summed:
+                total += w * triplets({name: normalize(x[..., :d]) for name, x in outputs.items()})
+        return total
+
+    loss, columns, targets = config.Classify(classes=3, **options), ("anchor", "label"), labels
+    if summed:
+        loss = config.Sum(losses=(config.Classify(classes=3), config.Triplet(margin=1.0)), **options)
+        columns, targets = (*COLUMNS, "label"), (labels, None)
+    same(loss, wanted, LAST, targets, columns, params={"loss": {"train": head}}, embedder=embedder)
+
+
+@pytest.mark.parametrize("loss", [config.MarginMse, config.KlDistillation])
+def test_scores_that_are_taught_have_a_similarity_of_their_own(loss):
+    stored = jnp.asarray(RNG.uniform(size=(B, 3)), jnp.float32)
+    columns = (*COLUMNS, "score", "score_2", "score_3")
+    compare = distill.margin_mse if loss is config.MarginMse else lambda s, t: distill.kl(s, t, 1.0, 1.0)
+    for chosen, tower, kind in (("dot", TOWER, "dot"), ("cosine", DOT, "cosine"), (None, TOWER, "cosine"), (None, DOT, "dot")):
+        wanted = lambda o, _, kind=kind: compare(distill.scores(o["anchor"], o["positive"], kind), stored)
+        same(loss(similarity=chosen), wanted, targets=stored, columns=columns, tower=tower)
 
 
 def test_dot_products_are_compared_as_they_are():
@@ -201,6 +253,7 @@ def test_dot_products_are_compared_as_they_are():
         (config.BatchHard(), ("anchor", "positive", "label"), "knows no column 'positive'"),
         (config.MarginMse(), (*COLUMNS, "score"), "2 or 3|3 or 2"),
         (config.KlDistillation(), (*COLUMNS, "score", "score_2"), "needs 3 score columns"),
+        (config.VectorDistillation(), (*COLUMNS, "vector"), "knows no column 'negative'"),
         (config.MarginMse(teacher="nobody"), COLUMNS, "nobody"),
         (config.Triplet(matryoshka=(32,)), COLUMNS, "prefix 32.*16"),
         (config.Sum(losses=(config.CoSent(), config.Triplet())), COLUMNS, "needs column 'score'"),
@@ -220,9 +273,26 @@ def test_sets_that_a_loss_cannot_use_are_refused(loss, columns, word):
         (lambda: config.Sum(losses=(config.Triplet(),), weights=(1.0, 2.0)), "2 numbers for 1"),
         (lambda: config.Sum(losses=(config.Triplet(layers=config.Layers()),)), "set them on the Sum"),
         (lambda: config.Sum(losses=(config.Triplet(matryoshka=(4,)),), matryoshka=(8,)), "set one of them"),
-        (lambda: config.GlobalOrthogonal(mean_weight=0.0, second_moment_weight=0.0), "not both 0"),
+        (lambda: config.GlobalOrthogonal(mean_weight=0.0, second_moment_weight=0.0), "not both be 0"),
         (lambda: config.CoSent(scale=0.0), "scale"),
         (lambda: config.KlDistillation(temperature=0.0), "temperature"),
+        (lambda: config.KlDistillation(teacher_temperature=math.inf), "teacher_temperature"),
+        (lambda: config.CoSent(scale=math.nan), "scale"),
+        (lambda: config.Triplet(margin=-1.0), "margin"),
+        (lambda: config.Triplet(margin=math.nan), "margin"),
+        (lambda: config.Contrastive(margin=math.inf), "margin"),
+        (lambda: config.OnlineContrastive(margin=-0.1), "OnlineContrastive.margin"),
+        (lambda: config.BatchAll(margin=-0.1), "margin"),
+        (lambda: config.BatchHard(margin=math.nan), "margin"),
+        (lambda: config.BatchSemiHard(margin=-0.1), "margin"),
+        (lambda: config.MegaBatchMargin(positive_margin=math.inf), "positive_margin"),
+        (lambda: config.MegaBatchMargin(negative_margin=-0.1), "negative_margin"),
+        (lambda: config.Triplet(matryoshka=(4, 8), matryoshka_weights=(1.0, -1.0)), "matryoshka_weights"),
+        (lambda: config.Sum(losses=(config.Triplet(),), weights=(math.nan,)), "Sum.weights"),
+        (lambda: config.Layers(kl_weight=math.nan), "kl_weight"),
+        (lambda: config.GlobalOrthogonal(mean_weight=math.inf), "mean_weight"),
+        (lambda: config.Sum(losses=(config.Classify(classes=2), config.Classify(classes=2))), "one loss with a class head"),
+        (lambda: config.Sum(losses=(config.Classify(classes=3), config.Contrastive())), "different numbers of classes"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(build, word):
@@ -230,13 +300,10 @@ def test_values_that_make_no_sense_are_refused(build, word):
         build()
 
 
-def test_a_sum_has_one_head_and_static_towers_no_layers():
-    heads = config.Sum(losses=(config.Classify(classes=2), config.Classify(classes=3)))
-    task, towers = config.Set(columns={"anchor": "a", "label": "b"}, loss=heads), {"text": Embedder(ARCH)}
-    with pytest.raises(ConfigError, match="one loss with a head"):
-        objective.loss_params(task, config.Model({"text": TOWER}), towers, jax.random.key(0))
-    one = dataclasses.replace(task, loss=config.Sum(losses=(config.Classify(classes=2), config.SupCon())))
-    found = objective.loss_params(one, config.Model({"text": TOWER}), towers, jax.random.key(0))
+def test_a_sum_has_the_head_of_its_loss_and_static_towers_no_layers():
+    loss = config.Sum(losses=(config.Classify(classes=2), config.SupCon()))
+    task = config.Set(columns={"anchor": "a", "label": "b"}, loss=loss)
+    found = objective.loss_params(task, config.Model({"text": TOWER}), {"text": Embedder(ARCH)}, jax.random.key(0))
     assert found["train"]["kernel"].shape == (D, 2)
     table = config.Static(vocab_size=32, width=D)
     static = config.Model({"text": config.Tower(arch=table)})

@@ -27,6 +27,9 @@ class Set:
     """Name of the task, used in metrics and checkpoints."""
     adapter: str = ""
     """Name of the adapter it trains where its towers have several; those that no set trains stay as they are."""
+    prompt: str = ""
+    """Name of the prompts its texts have: anchors NAME-query and the rest NAME-document where their tower has such, else NAME;
+    empty for `query` and `document`, or the tower's default. An adapter of the same name is served together with it."""
     labels: tuple[str, ...] = ()
     """Names of the classes, in the order of their numbers, where the column `label` holds names or lists."""
     weight: float = 1.0
@@ -50,6 +53,8 @@ class Set:
             )
         if len(set(self.labels)) < len(self.labels) or "" in self.labels:
             raise ConfigError(f"set {self.name!r}: labels must differ and not be empty; they are {self.labels}")
+        if self.name in ("scale", "bias") or "/" in self.name:
+            raise ConfigError(f'a set is named {self.name!r}; "scale", "bias" and names with "/" mean parameters of losses')
         if not 0 < self.weight < math.inf:
             raise ConfigError(f"set {self.name!r}: weight is {self.weight}; it must be above 0 and finite")
 
@@ -112,7 +117,7 @@ class Data:
                 ("loss", first.loss, other.loss),
                 ("labels", first.labels, other.labels),
                 ("adapter", first.adapter, other.adapter),
-                ("adapter", first.adapter, other.adapter),
+                ("prompt", first.prompt, other.prompt),
             ):
                 if a != b:
                     raise ConfigError(

@@ -1,9 +1,13 @@
 """A config from a Python file: the one place where a user's code runs."""
 
+import dataclasses
 import importlib.util
+import re
+import traceback
 from pathlib import Path
 
-from embedjax.config.errors import ConfigError
+from embedjax import config as names
+from embedjax.config.errors import ConfigError, nearest
 from embedjax.config.run import Config
 from embedjax.config.serialize import from_json, to_json
 
@@ -22,10 +26,30 @@ def from_file(path: Path) -> Config:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except Exception as error:  # whatever the user's file does wrong is told in one line
-        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{path}: {_diagnosis(error) or f'{type(error).__name__}: {error}'}") from error
     if not isinstance(config, Config):
         raise ConfigError(f"{path}: config() returned {type(config).__name__}, not embedjax.config.Config")
     try:
         return from_json(to_json(config))  # the types of all values are checked on the way, lists become tuples
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _diagnosis(error: Exception) -> str:
+    """The mistake in a config class that Python's own words do not name; nothing for any other."""
+    if unknown := re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error)):
+        kind = getattr(names, unknown[1], None)
+        if dataclasses.is_dataclass(kind):
+            fields = [field.name for field in dataclasses.fields(kind)]
+            return f"{unknown[1]} has no field {unknown[2]!r}; {nearest(unknown[2], fields)}"
+    # A value of a wrong type trips the checks that classes make of their own values, before the types are looked at.
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        made = frame.f_locals.get("self")
+        if dataclasses.is_dataclass(made) and frame.f_globals["__name__"].startswith("embedjax.config"):
+            try:
+                from_json(to_json(made), type(made), type(made).__name__)
+            except ConfigError as found:
+                return str(found)
+            except Exception:  # the error itself once more: its types are right
+                return ""
+    return ""

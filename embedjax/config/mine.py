@@ -26,8 +26,8 @@ class Negatives:
     margin: float | None = None
     """How far below the lowest score of the anchor's positives a negative must be; None for anywhere."""
     margin_kind: Literal["absolute", "relative", "percentage"] = "absolute"
-    """The margin is a difference of scores; a share of the positive's score, 0.05; or what percentage of that score a negative
-    may reach, 95 (de Souza P. Moreira et al. 2024)."""
+    """The margin is a difference of scores; a share of the size of the positive's score, 0.05; or what percentage of that score
+    a negative may reach, 95 (de Souza P. Moreira et al. 2024), which is the share of 0.05."""
     sampling: Literal["top", "random"] = "top"
     """Of those that are left, the nearest, or any."""
 
@@ -43,8 +43,20 @@ class Negatives:
         for field in ("min_score", "max_score", "margin"):
             if (value := getattr(self, field)) is not None and not math.isfinite(value):
                 raise ConfigError(f"{name}.{field} is {value}; it must be finite")
+        if self.margin is None and self.margin_kind != "absolute":
+            raise ConfigError(f'{name}.margin_kind is "{self.margin_kind}" but no margin is set; set margin too')
         if self.margin is not None and self.margin_kind == "percentage" and not 0 < self.margin <= 100:
             raise ConfigError(f"{name}.margin is {self.margin}; as a percentage it must be above 0 and at most 100")
+        if self.margin is not None and self.margin_kind == "relative" and not 0 <= self.margin < 1:
+            raise ConfigError(f"{name}.margin is {self.margin}; as a share it must be at least 0 and below 1, such as 0.05")
+
+    def check(self, similarity: str) -> None:
+        """Raises ConfigError for a margin that no two scores of this similarity are apart."""
+        if similarity == "cosine" and self.margin is not None and self.margin_kind == "absolute" and self.margin > 2:
+            raise ConfigError(
+                f"{type(self).__name__}.margin is {self.margin}, but no two cosines differ by more than 2; a percentage of the "
+                'positive\'s score has margin_kind "percentage"'
+            )
 
 
 @dataclasses.dataclass(frozen=True)

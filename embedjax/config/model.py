@@ -5,7 +5,7 @@ import math
 import re
 from typing import Literal
 
-from embedjax.config.errors import ConfigError
+from embedjax.config.errors import ConfigError, nearest
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 PoolingName = Literal["mean", "cls", "max", "weightedmean", "lasttoken"]
@@ -14,6 +14,9 @@ Similarity = Literal["cosine", "dot"]
 
 ROLES = {"query": "anchor", "document": "positive"}
 """The two sides of a search, and the column that trains the tower of each."""
+
+TEXTS = ("anchor", "positive", "negative")
+"""The columns of texts; negative stands for negative_2, ... too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,13 +274,14 @@ class Tower:
     normalize: bool | None = None
     """Whether the vector is scaled to length 1 (default yes, but not where similarity is set to "dot")."""
     similarity: Similarity | None = None
-    """How vectors are compared, in losses and in use: their cosine, or the plain product (default cosine)."""
+    """How vectors are compared, in losses and in use: their cosine, or the plain product (default cosine). Losses with a
+    `distance`, MegaBatchMargin and SupCon keep to their own."""
     max_length: int | None = None
     """Longest text in tokens, special tokens included (default 128, or the folder's)."""
     prompts: dict[str, str] | None = None
     """Prompt texts by name, stored with the model."""
     default_prompt: str | None = None
-    """Name of the prompt put before every text when none is asked for."""
+    """Name of the prompt put before every text when none is asked for; "" for none, also where the folder has one."""
     lowercase: bool = True
     """Whether a trained "wordpiece" tokenizer lowercases."""
     compute: Dtype = "float32"
@@ -289,7 +293,8 @@ class Tower:
     lora: dict[str, Lora] = dataclasses.field(default_factory=dict)
     """Adapters by name, such as one a task. With any, the encoder itself is not trained."""
     freeze_layers: int = 0
-    """With n, the token, position and type tables and the first n layers are not trained; 0 for none of them."""
+    """With n, the tables (of tokens, positions, types and relative positions) and the first n layers are not trained, and have
+    no backward pass; with all layers the whole encoder. 0 for none of them."""
 
     def __post_init__(self):
         for name in self.lora:
@@ -309,11 +314,25 @@ class Tower:
             return self.dense[-1].features
         return self.arch.width if self.arch else 0
 
-    def prompt_for(self, column: str) -> str | None:
-        """The prompt's name for a column: "query" for anchors, "document" for the rest where the tower has such, else the
-        default prompt."""
-        name = "query" if ROLES.get(column, column) == "anchor" else "document"
-        return name if name in (self.prompts or {}) else self.default_prompt
+    def prompt_for(self, column: str, name: str = "") -> str | None:
+        """The prompt's name for a column: that of a set or task by its `name`, where the tower has such; else "query" for
+        anchors and "document" for the rest, where it has these; else the default prompt."""
+        side = _side(column)
+        return self.prompt_named(name, column) or (side if side in (self.prompts or {}) else self.default_prompt or None)
+
+    def prompt_named(self, name: str, column: str = "text") -> str | None:
+        """The prompt that a set's or task's name means for a column: NAME-query for anchors or NAME-document for the rest, else
+        NAME itself; None where the tower has none. A "text" is of neither side."""
+        names = (name,) if column == "text" else (f"{name}-{_side(column)}", name)
+        return next((each for each in names if name and each in (self.prompts or {})), None)
+
+    def knows(self, name: str) -> bool:
+        """Whether a set's or task's name means an adapter or prompt here, be it that of one side."""
+        return name in self.lora or any(self.prompt_named(name, column) for column in ("text", *ROLES))
+
+
+def _side(column: str) -> str:
+    return "query" if ROLES.get(column, column) == "anchor" else "document"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,6 +345,16 @@ class Model:
     """Tower of each column, such as {"anchor": "query", "positive": "document"}, whose tower encodes negatives too; with one
     tower that encodes every column is its."""
 
+    def __post_init__(self):
+        for name in self.towers:
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ConfigError(f"the tower {name!r} needs a name of letters, digits, '_', '.' and '-'")
+        for column, name in self.columns.items():
+            if column not in TEXTS:
+                raise ConfigError(f"model.columns has no column {column!r}; {nearest(column, TEXTS)}")
+            if name not in self.towers:
+                raise ConfigError(f"model.columns gives {column!r} to tower {name!r}; {nearest(name, self.towers)}")
+
     @property
     def encoders(self) -> tuple[str, ...]:
         """The towers that encode a column: all but those that only guide a loss."""
@@ -333,17 +362,10 @@ class Model:
 
     @property
     def routes(self) -> dict[str, str]:
-        """The towers of the finished model: {"text": name} for one, else {"query": name, "document": name}. Raises ConfigError
-        for other towers than those of anchors and positives."""
+        """The towers of the finished model: {"text": name} for one, else {"query": name, "document": name}."""
         if len(self.encoders) == 1:
             return {"text": self.encoders[0]}
-        routes = {role: self.tower_of(role) for role in ROLES}
-        if odd := sorted(set(self.encoders) - set(routes.values())):
-            raise ConfigError(
-                f"model.columns gives columns to {list(self.encoders)}; a model that is written has one tower, or one of "
-                f"anchors and one of positives, not {odd[0]!r} too"
-            )
-        return routes
+        return {role: self.tower_of(role) for role in ROLES}
 
     @property
     def similarity(self) -> Similarity:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import os
+import re
+from pathlib import Path
 from typing import Literal
 
 from embedjax.config.data import Data
@@ -184,3 +187,13 @@ class Config:
             raise ConfigError(f"seed is {self.seed}; it must be at least 0")
         if not self.name:
             raise ConfigError("name is empty; it names the run folder")
+
+
+def run_folder(path: str | os.PathLike) -> Path:
+    """A run folder by its name. Raises ConfigError for a URL, of which a path would silently make a local folder."""
+    if re.search(r"(^|/)[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)):  # a Path has lost the second slash
+        raise ConfigError(
+            f"the run folder is {os.fspath(path)!r}; it is locked, renamed and appended to, so it must be on a file system: "
+            "mount the bucket and name the folder there (launch/README.md tells how)"
+        )
+    return Path(path)

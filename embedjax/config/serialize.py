@@ -10,6 +10,8 @@ from typing import Any
 from embedjax.config.errors import ConfigError, nearest
 from embedjax.config.run import Config
 
+NAMES = {int: "an int", float: "a float", str: "a string", bool: "a bool"}
+
 
 def to_json(value: Any) -> Any:
     """A config as dicts, lists and scalars; every dataclass says its `type`."""
@@ -36,14 +38,14 @@ def from_json(data: Any, kind: Any = Config, where: str = "config") -> Any:
         return _dataclass(data, kind, where)
     if origin is tuple:
         if not isinstance(data, list):
-            raise ConfigError(f"{where} is {data!r}; a list was expected")
+            raise ConfigError(f"{where} is {_shown(data)}; a list was expected")
         kinds = [arguments[0]] * len(data) if arguments[-1] is Ellipsis else arguments
         if len(kinds) != len(data):
             raise ConfigError(f"{where} has {len(data)} items; {len(kinds)} were expected")
         return tuple(from_json(item, k, f"{where}.{i}") for i, (item, k) in enumerate(zip(data, kinds, strict=True)))
     if origin is dict:
         if not isinstance(data, dict):
-            raise ConfigError(f"{where} is {data!r}; an object was expected")
+            raise ConfigError(f"{where} is {_shown(data)}; an object was expected")
         return {key: from_json(item, arguments[1], f"{where}.{key}") for key, item in data.items()}
     return _scalar(data, kind, where)
 
@@ -60,19 +62,19 @@ def _member(data: Any, kinds: tuple, where: str) -> Any:
     others = [kind for kind in kinds if kind is not type(None) and not dataclasses.is_dataclass(kind)]
     if len(others) == 1:
         return from_json(data, others[0], where)
-    raise ConfigError(f"{where} is {data!r}; expected one of {', '.join(getattr(k, '__name__', str(k)) for k in kinds)}")
+    raise ConfigError(f"{where} is {_shown(data)}; expected one of {', '.join(getattr(k, '__name__', str(k)) for k in kinds)}")
 
 
 def _dataclass(data: Any, kind: Any, where: str) -> Any:
     if not isinstance(data, dict):
-        raise ConfigError(f"{where} is {data!r}; an object of {kind.__name__} was expected")
+        raise ConfigError(f"{where} is {_shown(data)}; an object of {kind.__name__} was expected")
+    if data.get("type", kind.__name__) != kind.__name__:
+        raise ConfigError(f"{where}.type is {data['type']!r}; {kind.__name__!r} was expected")
     hints = typing.get_type_hints(kind)
     known = [field.name for field in dataclasses.fields(kind)]
     for key in data:
         if key != "type" and key not in known:
             raise ConfigError(f"{where} has no field {key!r}; {nearest(key, known)}")
-    if data.get("type", kind.__name__) != kind.__name__:
-        raise ConfigError(f"{where}.type is {data['type']!r}; {kind.__name__!r} was expected")
     return kind(**{key: from_json(data[key], hints[key], f"{where}.{key}") for key in known if key in data})
 
 
@@ -80,8 +82,18 @@ def _scalar(data: Any, kind: type, where: str) -> Any:
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
     if type(data) is not kind:
-        raise ConfigError(f"{where} is {data!r}; a {kind.__name__} was expected")
+        raise ConfigError(f"{where} is {_shown(data)}; {NAMES[kind]} was expected")
     return data
+
+
+def _shown(data: Any) -> str:
+    """A wrong value, short enough for a line: of an object its class."""
+    if isinstance(data, dict) and "type" in data:
+        return f"{data['type']}(...)"
+    if isinstance(data, list):
+        return f"[{', '.join(map(_shown, data[:3]))}{', ...' if len(data) > 3 else ''}]"
+    text = repr(data)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def read(path: Path) -> Config:

@@ -16,6 +16,9 @@ class File:
     """Column names of a TSV or CSV file without a header row."""
     root: str = ""
     """Folder that paths of pictures are relative to; empty for that of the file."""
+    quotes: bool | None = None
+    """Whether fields of a TSV or CSV file may stand in quotes, which then are no part of the text and may hold tabs, commas and
+    newlines; None for CSV yes, TSV no. True reads a TSV that a spreadsheet, pandas or Python's csv has written with quotes."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a model is evaluated on: one class a kind of task, each naming its rows, its columns and its main metric."""
 
 import dataclasses
+from typing import ClassVar
 
 from embedjax.config.data import File, Source
 from embedjax.config.errors import ConfigError
@@ -11,6 +12,8 @@ class Rows:
     """What all tasks have. Metrics are NAME/METRIC for whole vectors and NAME@64/METRIC for their first 64 numbers."""
 
     main = ""  # the metric that stands for the task
+    sides: ClassVar[tuple[str, ...]] = ("anchor",)
+    """What its texts are to the model: columns, or "query" and "document" with the prompts of these."""
     source: Source = dataclasses.field(default_factory=File)
     """Where the rows come from."""
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -20,7 +23,10 @@ class Rows:
     limit: int = dataclasses.field(default=0, kw_only=True)
     """At most so many rows; 0 for all."""
     prompt: str = dataclasses.field(default="", kw_only=True)
-    """Name of the model's prompt, adapter or both that the texts are encoded with; empty for those of the task's columns."""
+    """Name of the model's prompt, adapter or both that the texts are encoded with; of prompts NAME-query and NAME-document each
+    side has its own. Without a name queries and documents (`sides`) have the prompts of these names where the model has such,
+    and all other texts the default prompt alone, as in sentence-transformers, whatever training put before them: name `query`
+    for both sides to have that. Of two towers each always has the prompt of its side."""
     dims: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)
     """Prefixes of the vectors to score as well (Matryoshka), such as 256, 64; the texts are encoded once."""
 
@@ -46,6 +52,7 @@ class Sts(Rows):
     """Semantic textual similarity: Spearman and Pearson correlation of the model's similarity and the human score."""
 
     main = "spearman"
+    sides = ("anchor", "positive")
     columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"a": "sentence1", "b": "sentence2", "score": "score"})
     """The source's columns for a, b and score."""
     name: str = dataclasses.field(default="sts", kw_only=True)
@@ -56,6 +63,7 @@ class Retrieval(Rows):
     """Retrieval of each query's own document among all documents of the source, or of a corpus with judgements."""
 
     main = "ndcg@10"
+    sides = ("query", "document")
     source: Source = dataclasses.field(default_factory=File)
     """Query-document pairs; or, with `corpus`, the judgements."""
     columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"query": "anchor", "document": "positive"})
@@ -67,8 +75,17 @@ class Retrieval(Rows):
     query_columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"id": "_id", "text": "text"})
     """Columns of `queries`."""
     corpus_columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"id": "_id", "title": "title", "text": "text"})
-    """Columns of `corpus`; the title, if named, is put before the text."""
+    """Columns of `corpus`; the title, if named, is put before the text. A file or row without "title" has none; one of another
+    name must be there."""
+    skip_same_id: bool = False
+    """Leave out of each query's ranking the document of the same id: queries that are taken from the corpus (ArguAna, Quora, as
+    BEIR and mteb score them) would find themselves first."""
     name: str = dataclasses.field(default="retrieval", kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.skip_same_id and self.corpus is None:
+            raise ConfigError(f"task {self.name!r} has skip_same_id, but no corpus; without one there are no ids")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +93,7 @@ class Reranking(Rows):
     """Order of each query's own candidates: MAP, MRR@10, nDCG@10. Rows of equal queries are one query."""
 
     main = "ndcg@10"
+    sides = ("query", "document")
     columns: dict[str, str] = dataclasses.field(
         default_factory=lambda: {"query": "query", "positive": "positive", "negative": "negative"}
     )
@@ -88,6 +106,7 @@ class PairClassification(Rows):
     """Whether two texts belong together: average precision, and accuracy and F1 at the best threshold of the similarity."""
 
     main = "ap"
+    sides = ("anchor", "positive")
     columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"a": "sentence1", "b": "sentence2", "label": "label"})
     """The source's columns for a, b and label."""
     positive: str = "1"
@@ -100,6 +119,7 @@ class TripletAccuracy(Rows):
     """Share of triplets whose anchor is nearer to the positive than to the negative."""
 
     main = "accuracy"
+    sides = ("query", "document")
     columns: dict[str, str] = dataclasses.field(
         default_factory=lambda: {"anchor": "anchor", "positive": "positive", "negative": "negative"}
     )
@@ -154,7 +174,8 @@ class KnnClassification(Rows):
 
 @dataclasses.dataclass(frozen=True)
 class HeadAccuracy(Rows):
-    """Accuracy and macro F1 of a class head of the model's own, on single texts or pairs of them."""
+    """Accuracy and macro F1 of a class head of the model's own, on single texts or pairs of them. `prompt` is that of the set
+    that trained the head, and names its adapter."""
 
     main = "accuracy"
     columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"text": "text", "label": "label"})
@@ -163,6 +184,10 @@ class HeadAccuracy(Rows):
     head: str = ""
     """Name of the set that trained the head; empty for the only one."""
     name: str = dataclasses.field(default="head", kw_only=True)
+
+    @property
+    def sides(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return ("query", "document") if "other" in self.columns else ("query",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +214,7 @@ class BitextMining(Rows):
     """Whether each text's nearest neighbour in the other language is its translation: F1, and accuracy in both directions."""
 
     main = "f1"
+    sides = ("anchor", "positive")
     columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"source": "source", "target": "target"})
     """The source's columns for the two languages."""
     name: str = dataclasses.field(default="bitext", kw_only=True)

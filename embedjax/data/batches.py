@@ -39,8 +39,9 @@ class Batches:
     """The batches of a run. Row order, task and bucket are pure functions of (seed, step, length index), so a data position
     is one integer, and n processes hold n slices of the same global batch.
 
-    `sources` are the opened sources of `data.sets` in their order. `texts`, `prompts` and `images` are keyed by the columns
-    anchor, positive and negative (which serves negative_2, ... too); a prompt is a name, or None for the tower's default.
+    `sources` are the opened sources of `data.sets` in their order, and so are `prompts`, each the names of a set's prompts, or
+    None for the tower's default. These, `texts` and `images` are keyed by the columns anchor, positive and negative (which
+    serves negative_2, ... too).
     `mined` holds the sets whose hard negatives are mined in the run, by name.
     `run_folder` keeps `lengths/` (only with several buckets) and `bad_records.jsonl`; None keeps neither.
     Raises ConfigError for columns or buckets that do not fit, DataError for missing columns or too little data.
@@ -51,7 +52,7 @@ class Batches:
         data: Data,
         sources: Sequence[Source],
         texts: Mapping[str, Texts],
-        prompts: Mapping[str, str | None] | None = None,
+        prompts: Sequence[Mapping[str, str | None]] | None = None,
         *,
         seed: int,
         steps: int,
@@ -71,7 +72,8 @@ class Batches:
                 raise DataError(f"set {name!r}: {source.name} has {count} rows, fewer than data.batch_size {data.batch_size}")
         if sum(counts.values()) < data.batch_size:
             raise DataError(f"the sets have {sum(counts.values())} rows, fewer than data.batch_size {data.batch_size}")
-        self.data, self.sources, self.texts, self.prompts, self.steps = data, sources, texts, prompts or {}, steps
+        self.data, self.sources, self.texts, self.steps = data, sources, texts, steps
+        self.prompts = prompts or [{}] * len(sources)
         self.mined, self.images, self.seed = mined or {}, images or {}, seed
         least = {column: one.least for column, one in self.images.items()}
         self.layouts = [make_layout(which, source, least) for which, source in zip(data.sets, sources, strict=True)]
@@ -92,10 +94,10 @@ class Batches:
         self._tokens = self._cells = 0
 
     def _measured(self, rows: list[Rows], folder: pathlib.Path | None, *, write: bool) -> list[Rows]:
-        made = functools.partial(length_index, texts=self.texts, prompts=self.prompts, bad=self.bad, folder=folder, write=write)
+        made = functools.partial(length_index, texts=self.texts, bad=self.bad, folder=folder, write=write)
         result = []
-        for each, source, layout in zip(rows, self.sources, self.layouts, strict=True):
-            lengths = made(each.name, source, layout)
+        for each, source, layout, prompts in zip(rows, self.sources, self.layouts, self.prompts, strict=True):
+            lengths = made(each.name, source, layout, prompts=prompts)
             if layout.mined:
                 lengths[:, 1] = self.table[-1][1]  # negatives not known yet may be of any length
             result.append(dataclasses.replace(each, lengths=lengths))
@@ -168,16 +170,19 @@ class Batches:
             return 1 - self._tokens / self._cells if self._cells else 0.0
 
     def decoded(self, step: int = 0, rows: int = 3) -> list[dict[str, tuple[str, str]]]:
-        """Column of the source -> (raw text, its tokens as the model meets them), of this process' first rows of a step."""
+        """Column of the source -> (raw text, its tokens as the model meets them), of this process' first rows of a step. Where
+        the sets of mixed rows have some columns in the source and others mine them, each row has those of its own."""
         draw = self.order.at(step)
         lengths = self.table[draw.bucket]
+        part = slice(self._mine.start, min(self._mine.start + rows, self._mine.stop))
+        sets = [draw.set] * (part.stop - part.start) if draw.sets is None else draw.sets[part]
         result = []
-        for values in self._values(None, draw, slice(self._mine.start, min(self._mine.start + rows, self._mine.stop))):
+        for at, values in zip(sets, self._values(None, draw, part), strict=True):
             shown = {}
-            for name in self.layouts[draw.set].texts:
+            for name in self.layouts[int(at)].texts:
                 tower, (text,) = tower_column(name), self._one_of(step, name, [values[name]])
                 length = lengths[0] if name == "anchor" else lengths[1]
-                column = self.texts[tower].encode([text], length=length, prompt=self.prompts.get(tower))
+                column = self.texts[tower].encode([text], length=length, prompt=self.prompts[int(at)].get(tower))
                 ids = column["ids"][column["mask"]].tolist()
                 shown[name] = (text, self.texts[tower].tokenizer.decode(ids, skip_special_tokens=False))
             result.append(shown)
@@ -231,7 +236,7 @@ class Batches:
             else:
                 length = anchor if name == "anchor" else document
                 texts = self._one_of(step, name, [row[source] for row in values for source in sources])
-                encoded = self.texts[name].encode(texts, length=length, prompt=self.prompts.get(name), **words)
+                encoded = self.texts[name].encode(texts, length=length, prompt=self.prompts[at].get(name), **words)
                 hashes = hash_texts(texts)
             columns[name] = {key: leaf.reshape(*front, *leaf.shape[1:]) for key, leaf in encoded.items()}
             columns["hash"][name] = hashes.reshape(*front, 2)

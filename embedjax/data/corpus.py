@@ -38,8 +38,11 @@ class Corpus:
             progress(sum(sizes[:at]) + rows.stop, sum(sizes))
         if not count:
             raise DataError(f"{parts[0][0].name}: no texts in {', '.join(parts[0][1])}")
-        if count < sum(sizes):
-            _log.warning("%d of %d rows have no text and are passed over", sum(sizes) - count, sum(sizes))
+        lacking = np.subtract(sizes, np.bincount(places[:count, 0], minlength=len(parts)))
+        for (source, columns), size, few in zip(parts, sizes, lacking, strict=True):
+            if few:
+                told = source.name, few, size, ", ".join(columns)
+                _log.warning("%s: %d of %d rows have no text in %s and are passed over", *told)
         # np.unique sorts by hash, which `find` searches; `first` says where each text stood first.
         self._hashes, first = np.unique(hashes[:count], return_index=True)
         order = np.argsort(first)
@@ -136,8 +139,9 @@ class Lists:
         return result
 
     @property
-    def longest(self) -> int:
-        return int(np.diff(self.starts).max(initial=0))
+    def sizes(self) -> Int[np.ndarray, "count"]:
+        """The length of each list."""
+        return np.diff(self.starts)
 
 
 def _is_text(value: object) -> TypeGuard[str]:

@@ -11,7 +11,7 @@ from embedjax.config import Set
 from embedjax.config.errors import DataError, StorageError
 from embedjax.data.corpus import Corpus, Pairs
 from embedjax.data.order import Held
-from embedjax.data.sources import Source, open_source
+from embedjax.data.sources import Source, open_source, select
 
 
 class Mined:
@@ -20,12 +20,14 @@ class Mined:
 
     def __init__(self, which: Set, source: Source, folder: pathlib.Path):
         assert which.mine is not None
-        self.how, self.name, self.adapter, self.every = which.mine, which.name, which.adapter, which.mine.every
+        self.how, self.name, self.every = which.mine, which.name, which.mine.every
+        self.adapter, self.prompt = which.adapter, which.prompt
         self.source = open_source(which.mine.corpus) if which.mine.corpus else None
-        positive = which.columns["positive"]
+        anchor, positive = which.columns["anchor"], which.columns["positive"]
+        select(source, {"anchor": anchor, "positive": positive}, f"set {which.name!r}")  # else told of the corpus
         own = [(self.source, which.mine.corpus_columns)] if self.source else []
         self.corpus = Corpus([*own, (source, [positive])])
-        self.pairs = Pairs(source, which.columns["anchor"], positive, self.corpus)
+        self.pairs = Pairs(source, anchor, positive, self.corpus)
         self.folder = folder
         self._held = Held(self._load)
 

@@ -6,6 +6,7 @@ epochs: none of its rows comes again before all have come (but for those left ov
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections.abc import Sequence
@@ -31,7 +32,8 @@ def make_order(data: Data, sets: Sequence[Rows], *, seed: int, table: Table) -> 
     if data.mixing == "weights":
         shares = np.array([each.weight for each in data.sets])
     else:
-        shares = np.array([float(rows.count) for rows in sets]) ** (1 / data.temperature)
+        counts = np.array([float(rows.count) for rows in sets])
+        shares = (counts / counts.max()) ** (1 / data.temperature)  # at most 1: no temperature overflows
     return (Batchwise if data.draw == "batches" else Rowwise)(sets, shares, **options)
 
 
@@ -84,8 +86,8 @@ class Batchwise:
 
 @dataclasses.dataclass
 class Rowwise:
-    """Every batch of rows of all sets, drawn by their shares. With several buckets, which gather a block's rows by length, a
-    set's next epoch may begin up to a block early."""
+    """Every batch of rows of all sets, drawn by their shares; holds two epochs' permutations of each set, 8 bytes a row each.
+    With several buckets, which gather a block's rows by length, a set's next epoch may begin up to a block early."""
 
     sets: Sequence[Rows]
     shares: Float[np.ndarray, "S"]
@@ -98,6 +100,7 @@ class Rowwise:
         self.batches = -(-BLOCK // self.batch_size)
         self.counts = apportion(self.shares, self.batches * self.batch_size)
         self._blocks = Held(self._make)
+        self._epochs = [Held(functools.partial(permutation, rows.count, self.seed, rows.name)) for rows in self.sets]
 
     def at(self, step: int) -> Draw:
         """The draw of a step."""
@@ -111,7 +114,7 @@ class Rowwise:
         rows, lengths = np.empty(len(sets), int), np.empty((len(sets), 2), int)
         for at, each in enumerate(self.sets):
             mine = sets == at
-            rows[mine] = self._walk(each, block * int(self.counts[at]) + before[mine])
+            rows[mine] = self._walk(at, block * int(self.counts[at]) + before[mine])
             lengths[mine] = 0 if each.lengths is None else each.lengths[rows[mine]]
         slots, buckets = split(np.arange(len(sets)), self.batch_size, lengths if len(self.table) > 1 else None, self.table)
         if len(self.table) > 1:
@@ -119,12 +122,12 @@ class Rowwise:
             slots, buckets = slots[turns], buckets[turns]
         return sets[slots], rows[slots], buckets
 
-    def _walk(self, rows: Rows, places: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
-        """The rows at these places of the set's walk, which is one epoch after the other."""
-        epochs, found = places // rows.count, places % rows.count
+    def _walk(self, at: int, places: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+        """The rows at these places of a set's walk, which is one epoch after the other."""
+        epochs, found = np.divmod(places, self.sets[at].count)
         for epoch in np.unique(epochs) if self.shuffle else ():
             here = epochs == epoch
-            found[here] = permutation(rows.count, self.seed, rows.name, int(epoch))[found[here]]
+            found[here] = self._epochs[at][int(epoch)][found[here]]
         return found
 
 

@@ -127,10 +127,12 @@ def _open_files(source: config.File) -> list[Part]:
     kind = formats.pop()
     if source.names and kind not in ("tsv", "csv"):
         raise ConfigError(f"{source.path}: names is for TSV and CSV files; this is {kind}")
+    if source.quotes is not None and kind not in ("tsv", "csv"):
+        raise ConfigError(f"{source.path}: quotes is for TSV and CSV files; this is {kind}")
     cache = RowGroups()
     openers = {
-        "tsv": lambda path: Table(path, delimiter="\t", names=source.names),
-        "csv": lambda path: Table(path, delimiter=",", names=source.names),
+        "tsv": lambda path: Table(path, delimiter="\t", quotes=source.quotes is True, names=source.names),
+        "csv": lambda path: Table(path, delimiter=",", quotes=source.quotes is not False, names=source.names),
         "jsonl": JsonLines,
         "text": PlainText,
         "parquet": lambda path: Parquet(path, cache),

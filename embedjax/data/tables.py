@@ -85,14 +85,15 @@ class JsonLines(TextFile):
 
 
 class Table(TextFile):
-    """CSV as RFC 4180 has it (quotes may hold newlines), or TSV with the same quoting; a header row, unless names are given."""
+    """A header row, unless names are given, and fields between delimiters. With `quotes` as RFC 4180 has it: quotes may hold
+    delimiters and newlines. Without, a line is a row and a quote a character."""
 
-    def __init__(self, path: str, *, delimiter: str, names: tuple[str, ...] = ()):
+    def __init__(self, path: str, *, delimiter: str, quotes: bool, names: tuple[str, ...] = ()):
         csv.field_size_limit(max(csv.field_size_limit(), FIELD_LIMIT))
-        self.delimiter = delimiter
+        self.delimiter, self.quotes = delimiter, quotes
         data = content(path)
         begin = _begin(path, data)
-        quoted = data.find(b'"', begin) >= 0
+        quoted = quotes and data.find(b'"', begin) >= 0
         starts, lines = _quoted_records(path, data, begin, delimiter) if quoted else _filled_lines(data, begin)
         super().__init__(path, data, starts, lines)
         if names:
@@ -124,15 +125,18 @@ class Table(TextFile):
             )
 
     def _fields(self, i: int) -> list[str]:
+        quoting = csv.QUOTE_MINIMAL if self.quotes else csv.QUOTE_NONE
         try:
-            return next(csv.reader([utf8(self.raw(i))], delimiter=self.delimiter))
+            return next(csv.reader([utf8(self.raw(i))], delimiter=self.delimiter, quoting=quoting))
         except (ValueError, csv.Error) as e:
             raise self.bad(i, e) from None
 
     def __getitem__(self, i: int) -> dict[str, object]:
         fields = self._fields(i)
         if len(fields) != len(self.columns):
-            raise self.bad(i, f"{len(fields)} fields, expected {len(self.columns)} ({', '.join(self.columns)})")
+            stray = not self.quotes and any(field.count('"') % 2 for field in fields)
+            hint = "; where quotes hold tabs or newlines, set File.quotes" if stray else ""
+            raise self.bad(i, f"{len(fields)} fields, expected {len(self.columns)} ({', '.join(self.columns)}){hint}")
         return dict(zip(self.columns, fields, strict=True))
 
 

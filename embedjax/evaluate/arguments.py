@@ -31,8 +31,12 @@ def parse(arguments: Sequence[str]) -> tuple[str, Task]:
         per_label: int = config.Classification.per_label,
         k: int = config.KnnClassification.k,
         positive: str = config.PairClassification.positive,
+        head: str = config.HeadAccuracy.head,
         queries: str = "",
         corpus: str = "",
+        query_columns: str = "",
+        corpus_columns: str = "",
+        skip_same_id: bool = config.Retrieval.skip_same_id,
     ) -> tuple:
         """Scores a model.
 
@@ -56,8 +60,12 @@ def parse(arguments: Sequence[str]) -> tuple[str, Task]:
             per_label: classification: training rows of each label in each of ten draws; 0 for all rows, once.
             k: knn: nearest texts that vote.
             positive: pairs: the label of pairs that belong together.
+            head: head: name of the set that trained it, where the model has several.
             queries: retrieval, with --corpus: file of queries (columns _id, text).
-            corpus: retrieval: file of documents (columns _id, title, text).
+            corpus: retrieval: file of documents (columns _id, text and, if there is one, title).
+            query_columns: retrieval: columns of --queries where they differ, such as id=qid.
+            corpus_columns: retrieval: columns of --corpus where they differ, such as id=docid,title=headline,text=body.
+            skip_same_id: retrieval: no query finds the document of its own id (ArguAna, Quora, as BEIR and mteb have them).
         """
         given = {name: File(path) for name, path in (("queries", queries), ("corpus", corpus)) if path}
         given |= {"train": File(train, names=_listed(names))} if train else {}
@@ -65,8 +73,12 @@ def parse(arguments: Sequence[str]) -> tuple[str, Task]:
             (config.Classification, "per_label", per_label),
             (config.KnnClassification, "k", k),
             (config.PairClassification, "positive", positive),
+            (config.HeadAccuracy, "head", head),
+            (config.Retrieval, "skip_same_id", skip_same_id),
         )
         given |= {name: value for kind, name, value in chosen if value != getattr(kind, name)}
+        for name, text in (("query_columns", query_columns), ("corpus_columns", corpus_columns)):
+            given |= {name: _pairs(text, name)} if text else {}
         source = File(data, names=_listed(names))
         fields = dict(source=source, columns=_pairs(columns), limit=limit, prompt=prompt, dims=_numbers(dims))
         return model, task, fields | given
@@ -89,19 +101,23 @@ def _task(name: str, fields: dict[str, Any]) -> Task:
     if kind is config.Retrieval:
         if ("queries" in fields) != ("corpus" in fields):
             raise ConfigError("--queries and --corpus go together")
+        for key in ("query_columns", "corpus_columns"):
+            if key in fields and "corpus" not in fields:
+                raise ConfigError(f"--{key.replace('_', '-')} is for a file of --queries and one of --corpus")
+            fields[key] = getattr(kind(), key) | fields.get(key, {})
         fields["columns"] = fields["columns"] or (JUDGED if "corpus" in fields else PAIRED)
     else:
         fields["columns"] = kind().columns | fields["columns"]
     return kind(**fields)
 
 
-def _pairs(text: str) -> dict[str, str]:
+def _pairs(text: str, option: str = "columns") -> dict[str, str]:
     """`ours=theirs,...` as a dict. Raises ConfigError."""
     pairs = {}
     for part in _listed(text):
         ours, sign, theirs = part.partition("=")
         if not (ours and sign and theirs):
-            raise ConfigError(f"--columns holds {part!r}; it must be OURS=THEIRS, such as query=question")
+            raise ConfigError(f"--{option.replace('_', '-')} holds {part!r}; it must be OURS=THEIRS, such as query=question")
         pairs[ours] = theirs
     return pairs
 

@@ -18,11 +18,15 @@ from jaxtyping import Float, Int
 
 from embedjax import config, sharding
 from embedjax.config.errors import ConfigError, NonFiniteError, nearest
+from embedjax.config.model import TEXTS
 from embedjax.load import Model, plain_params
 from embedjax.models.embedder import Embedder
 
 Columns = dict[str, np.ndarray]
 T = TypeVar("T")
+
+# What a text may be to a model: one on its own, a query or document, or a text of a training column.
+COLUMNS = ("text", *config.ROLES, *TEXTS)
 
 # Tokens of a device's batch. A CPU's caches want it small, an accelerator's matrix units large.
 TOKENS_PER_BATCH = {"cpu": 2048}
@@ -47,9 +51,11 @@ def encode(
     """One vector a text, in the texts' order, float32.
 
     `column` is "query" or "document" for the two sides of a search, each with its tower and its prompt where the model has
-    such, or a training column such as "anchor" for its tower alone. `prompt` names another of the tower's prompts, `task` a
-    prompt, an adapter or both of a name. `tokens_per_batch` is meant for each device, `progress(done, total)` is called as
-    rows arrive. Without a mesh the rows follow the parameters: over the mesh they are on, else on one device.
+    such. A "text" on its own, or of a training column such as "anchor", has the default prompt alone, as in
+    sentence-transformers' `encode`; of two towers that of its side. `prompt` names another of the tower's prompts; `task` a
+    prompt (NAME-query or NAME-document for its side, else NAME), an adapter or both of a name. `tokens_per_batch` is meant for
+    each device, `progress(done, total)` is called as rows arrive. Without a mesh the rows follow the parameters: over the mesh
+    they are on, else on one device.
     Raises ConfigError for an unknown column, prompt or task, NonFiniteError for a vector that is not finite.
     """
     if isinstance(texts, str):
@@ -77,8 +83,8 @@ class Encoder:
         mesh: DeviceMesh | None = None,
         tokens_per_batch: int | None = None,
     ):
+        prompt, adapter = asked(model.config, column, prompt, task)
         tower = model.config.tower_of(column)
-        prompt, adapter = _asked(model.config.towers[tower], column, prompt, task)
         params = plain_params(model, tower, adapter)
         self.texts, self.prompt, self.mesh = model.texts[tower], prompt, mesh or mesh_of(params)
         assert self.texts.pad_side == "right", "batches are cut from the left end of a block"
@@ -134,16 +140,22 @@ class Encoder:
         return {name: jax.make_array_from_callback(x.shape, rows, lambda at, x=x: x[at]) for name, x in columns.items()}
 
 
-def _asked(tower: config.Tower, column: str, prompt: str | None, task: str | None) -> tuple[str | None, str]:
-    """The names of the prompt (None for the default) and of the adapter (empty for the default) that are asked for."""
-    prompts = tower.prompts or {}
-    if prompt is None and column in config.ROLES:
-        prompt = tower.prompt_for(column)
-    if task is None:
-        return prompt, ""
-    if task not in prompts and task not in tower.lora:
-        raise ConfigError(f"there is no prompt and no adapter {task!r}; {nearest(task, [*prompts, *tower.lora])}")
-    return task if task in prompts else prompt, task if task in tower.lora else ""
+def asked(model: config.Model, column: str, prompt: str | None = None, task: str | None = None) -> tuple[str | None, str]:
+    """The names of the prompt (None for the default) and of the adapter (empty for the default) that the texts of a column are
+    encoded with. Raises ConfigError for a column that is none, and for a task that no tower knows.
+
+    A side of a task that has a prompt for the other side alone has that of its role, as a text has without a task.
+    """
+    if column not in COLUMNS:
+        raise ConfigError(f"there is no column {column!r} of texts; {nearest(column, COLUMNS)}")
+    tower, towers = model.towers[model.tower_of(column)], [model.towers[name] for name in model.encoders]
+    named, adapter = tower.prompt_named(task or "", column), task if task and task in tower.lora else ""
+    if task and not named and not adapter and (column == "text" or not any(other.knows(task) for other in towers)):
+        known = [name for other in towers for name in (*(other.prompts or {}), *other.lora)]
+        raise ConfigError(f"there is no prompt and no adapter {task!r}; {nearest(task, known)}")
+    # A tower of its own for each side never met a text without the prompt of its side.
+    by_role = tower.prompt_for(column) if column in config.ROLES or len(towers) > 1 else None
+    return prompt if prompt is not None else named or by_role, adapter
 
 
 def plan(

@@ -52,6 +52,8 @@ def export(
     folder = folder.absolute()
     check_format(model.config, format)
     model = _finished(adapted(model, adapter))
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(f"{folder} is a file; choose a folder to write, or one that is not there")
     if folder.exists() and not replace and any(folder.iterdir()):
         raise StorageError(f"{folder}: exists and is not empty; choose another folder")
     part = folder.with_name(folder.name + ".partial")
@@ -67,7 +69,7 @@ def export(
         written.write_router(part, towers)
     shown = _headless(model) if format == "hf" else model
     write_heads(part, shown.heads)
-    (part / "README.md").write_text(card.card(shown, title or folder.name, scores))
+    (part / "README.md").write_text(card.card(shown, title or folder.name, scores, format))
     difference = gate.write(_exact(shown), part, texts)
     if folder.exists():
         shutil.rmtree(folder)

@@ -6,6 +6,8 @@ from typing import Any
 
 from embedjax.config import Config, Set, Static, Tower, serialize
 from embedjax.load import Model
+from embedjax.models.families.static import LONGEST
+from embedjax.models.written import shared_prompts
 
 HEAD = """---
 library_name: sentence-transformers
@@ -24,53 +26,66 @@ Maps texts to vectors of {width} dimensions, {unit}. Trained with embedjax.
 ```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("path/to/{title}")
 {use}
 ```
 """
 
+MODEL = """model = SentenceTransformer("path/to/{title}")
+"""
 USE = {
-    "text": """vectors = model.encode(["a text", "another text"])
+    "text": MODEL
+    + """vectors = model.encode(["a text", "another text"])
 print(model.similarity(vectors, vectors))""",
-    "query": """queries = model.encode_query(["what is looked for"])
+    "query": MODEL
+    + """queries = model.encode_query(["what is looked for"])
 documents = model.encode_document(["a text", "another text"])
 print(model.similarity(queries, documents))""",
+    "bare": MODEL
+    + """vectors = model.encode(["a text", "another text"], normalize_embeddings=True)
+print(model.similarity(vectors, vectors))""",
+    "bare query": """query, document = (SentenceTransformer(f"path/to/{title}/{{side}}") for side in ("query", "document"))
+queries = query.encode(["what is looked for"], normalize_embeddings=True)
+documents = document.encode(["a text", "another text"], normalize_embeddings=True)
+print(document.similarity(queries, documents))""",
 }
 
 
-def card(model: Model, title: str, scores: Mapping[str, float] | None = None) -> str:
-    """The card as Markdown with the front matter the Hugging Face hub reads."""
+def card(model: Model, title: str, scores: Mapping[str, float] | None = None, format: str = "sentence-transformers") -> str:
+    """The card of a folder of a format, as Markdown with the front matter the Hugging Face hub reads."""
     routes = {route: model.config.towers[name] for route, name in model.config.routes.items()}
-    parts = [_head(routes, title)]
+    parts = [_head(routes, title, format)]
     config = model.details.get("config")
     if isinstance(config, Config):
         parts.append(_training(config, model.details.get("step")))
     if scores:
         rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in scores.items())
         parts.append(f"## Scores\n\n| metric | value |\n|---|---|\n{rows}\n")
-    if prompts := {key: value for tower in routes.values() for key, value in (tower.prompts or {}).items()}:
+    prompts = shared_prompts(routes) if len(routes) > 1 else routes["text"].prompts or {}
+    if prompts := {key: value for key, value in prompts.items() if value}:
         rows = "\n".join(f"| {key} | `{value}` |" for key, value in prompts.items())
         parts.append(f"## Prompts\n\n| name | put before the text |\n|---|---|\n{rows}\n")
     return "\n".join(parts)
 
 
-def _head(routes: Mapping[str, Tower], title: str) -> str:
+def _head(routes: Mapping[str, Tower], title: str, format: str) -> str:
     towers, (first, *_) = routes.values(), routes.values()
     units = {"of length 1" if tower.normalize else "not normalised" for tower in towers}
     columns = ["", *(f"{route} tower" for route in routes)] if len(routes) > 1 else ["", ""]
     facts = {
         "architecture": [_sizes(tower) for tower in towers],
-        "longest text": [f"{tower.max_length} tokens" for tower in towers],
+        "longest text": ["any" if tower.max_length == LONGEST else f"{tower.max_length} tokens" for tower in towers],
         "pooling": [str(tower.pooling) for tower in towers],
         "similarity": [tower.similarity or "cosine" for tower in towers],
     }
     rows = [columns, ["---"] * len(columns), *([name, *values] for name, values in facts.items())]
+    searches = len(routes) > 1 or "query" in (first.prompts or {})
+    use = ("bare query" if searches else "bare") if format == "hf" else "query" if searches else "text"
     return HEAD.format(
         title=title,
         width=first.width,
         unit=units.pop() if len(units) == 1 else "of length 1 or not, by tower",
         towers="\n".join(f"| {' | '.join(row)} |" for row in rows),
-        use=USE["query" if len(routes) > 1 or "query" in (first.prompts or {}) else "text"],
+        use=USE[use].format(title=title),
     )
 
 

@@ -14,17 +14,18 @@ def cross_entropy(
 ) -> Loss:
     """Softmax cross-entropy, a mean over rows weighted by the weight of the row's class, as torch's CrossEntropyLoss.
 
-    With smoothing e the target is (1 - e) of the label and e / C of every class (Szegedy et al. 2016, section 7). The metric
-    `weight` is the sum of the rows' weights, by which means over parts of a batch are averaged. A label that is no class makes
-    the loss NaN.
+    With smoothing e the target is (1 - e) of the label and e / C of every class (Szegedy et al. 2016, section 7). Metrics:
+    `accuracy`, the share of rows that are right, weighted as in the loss, and `weight`, the sum of the rows' weights, by which
+    means over parts of a batch are averaged. A label that is no class makes the loss NaN.
     """
     weight_C, known_B = _weights(logits, weights), (labels >= 0) & (labels < logits.shape[1])
     own_BC = (labels[:, None] == jnp.arange(logits.shape[1])[None]).astype(weight_C.dtype)
     cost_BC = weight_C[None] * -jax.nn.log_softmax(logits.astype(weight_C.dtype), -1)
     cost_B = ((1 - smoothing) * own_BC + smoothing / logits.shape[1]) * cost_BC
-    weight_B = own_BC @ weight_C
-    value = jnp.where(known_B, cost_B.sum(1), jnp.nan).sum() / jnp.maximum(weight_B.sum(), 1e-9)
-    accuracy = (logits.argmax(1) == labels).mean(dtype=jnp.float32)
+    weight_B = (own_BC * weight_C[None]).sum(1)
+    total = jnp.maximum(weight_B.sum(), 1e-9)
+    value = jnp.where(known_B, cost_B.sum(1), jnp.nan).sum() / total
+    accuracy = jnp.where(logits.argmax(1) == labels, weight_B, 0).sum() / total
     return value, {"accuracy": accuracy, "weight": weight_B.sum()}
 
 

@@ -1,7 +1,7 @@
 """Losses made of losses, and what is added to them. Arrays only."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -20,10 +20,10 @@ def pairs_prefix(pairs: Pairs, length: int) -> Pairs:
     return pairs._replace(anchor=pairs.anchor[..., :length], candidates=pairs.candidates[..., :length])
 
 
-def vectors_prefix(vectors: Mapping[str, Array], length: int, kind: Similarity) -> dict[str, Array]:
-    """The first numbers of every vector: normalised anew where cosines are compared, as sentence-transformers cuts them."""
+def vectors_prefix(vectors: Mapping[str, Array], length: int, normalized: Collection[str]) -> dict[str, Array]:
+    """The first numbers of every vector, those of the columns in `normalized` at length 1 anew."""
     cut = {name: x[..., :length] for name, x in vectors.items()}
-    return cut if kind == "dot" else {name: normalize(x) for name, x in cut.items()}
+    return {name: normalize(x) if name in normalized else x for name, x in cut.items()}
 
 
 def matryoshka(

@@ -14,7 +14,7 @@ def vectors(
     student: Float[Array, "B C D"], teacher: Float[Array, "B C D"], kind: Literal["mse", "l2", "cosine"]
 ) -> Float[Array, ""]:
     """The mean over texts of the squared difference a number (Reimers & Gurevych 2020, eq. 1), of the Euclidean distance, or of
-    1 - cosine (Kim et al. 2023, section 3). One teacher vector [B 1 D] serves all texts of a row."""
+    1 - cosine (Kim et al. 2023, section 3)."""
     teacher = jax.lax.stop_gradient(floats(teacher))
     if kind == "cosine":
         return (1 - similarity(student, teacher, "cosine")).mean()

@@ -25,8 +25,8 @@ def norm(x: Float[Array, "*n D"]) -> Float[Array, "*n"]:
 
 
 def root(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """The square root, 0 with gradient 0 where x is not above 0."""
-    above = x > 0
+    """The square root, 0 with gradient 0 where x is not above 0. NaN stays NaN: a broken step must not pass for a good one."""
+    above = ~(x <= 0)
     return jnp.where(above, jnp.sqrt(jnp.where(above, x, 1)), 0)
 
 

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from jax.sharding import Mesh as DeviceMesh
-from jaxtyping import Int32
+from jaxtyping import Float, Int32
 
 from embedjax import distributed
+from embedjax.data.corpus import Corpus
 from embedjax.data.mined import Mined
 from embedjax.load import Model, adapted
 from embedjax.mine.choose import filled, mixed
@@ -44,8 +45,9 @@ def mine(
 ) -> tuple[Int32[np.ndarray, "N K"], int]:
     """The negatives of each row of a set, and how many are random: a pair with too few documents that fit is filled up with
     those that are not known to be its positives."""
+    mined.how.check(model.config.similarity)
     sides = {"query": mined.pairs.anchors, "document": mined.corpus}
-    vectors = {column: np.concatenate(list(stream(model, texts, column, mesh=mesh))) for column, texts in sides.items()}
+    vectors = {column: _vectors(model, texts, column, mined.prompt or None, mesh) for column, texts in sides.items()}
     known, total = mined.pairs.known(mined.corpus), len(mined.corpus)
     chance = int(mixed(seed, np.array([step]), np.zeros(1, int))[0])  # each mining chooses anew
     numbers, lacking = np.empty((len(mined.pairs.anchors), mined.how.num_negatives), np.int32), 0
@@ -54,3 +56,13 @@ def mine(
         own, anchors = known.padded(block), np.array(block)
         numbers[block.start : block.stop] = filled(found.numbers, own, anchors, total=total, seed=chance)
     return numbers[np.maximum(mined.pairs.anchor, 0)], lacking  # a row that cannot be used takes any: it is never read
+
+
+def _vectors(model: Model, texts: Corpus, column: str, task: str | None, mesh: DeviceMesh | None) -> Float[np.ndarray, "N E"]:
+    """The vectors of all texts, in memory once."""
+    result = np.empty((len(texts), model.embedders[model.config.tower_of(column)].width), np.float32)
+    at = 0
+    for block in stream(model, texts, column, task=task, mesh=mesh):
+        result[at : at + len(block)] = block
+        at += len(block)
+    return result

@@ -54,14 +54,14 @@ def choose(
 
 
 def highest(how: Negatives, positive: Float[np.ndarray, "Q"]) -> Float[np.ndarray, "Q"]:
-    """The score that a negative of each anchor may reach. A relative margin is a share of the score's size, so that it lowers
-    the limit of a positive with a score below 0 too."""
+    """The score that a negative of each anchor may reach. Relative margins and percentages are of the score's size, so that
+    they lower the limit of a positive with a score below 0 too."""
     limit = np.full(len(positive), np.inf)
     if how.margin is not None:
         limits = {
             "absolute": positive - how.margin,
             "relative": positive - np.abs(positive) * how.margin,
-            "percentage": positive * (how.margin / 100),
+            "percentage": positive - np.abs(positive) * (1 - how.margin / 100),
         }
         limit = limits[how.margin_kind].astype(np.float64)
     return limit if how.max_score is None else np.minimum(limit, how.max_score)

@@ -19,10 +19,9 @@ from jaxtyping import Float, Int
 from embedjax.config import File, Negatives
 from embedjax.config.errors import ConfigError, DataError, StorageError
 from embedjax.data.corpus import Corpus, Pairs
-from embedjax.data.sources import Source, open_source
+from embedjax.data.sources import Source, open_source, select
 from embedjax.evaluate.encode import fingerprint
 from embedjax.evaluate.files import Partial
-from embedjax.evaluate.rows import text_column
 from embedjax.load import Model
 from embedjax.mine.nearest import negatives, score, stream
 from embedjax.mine.scorers import Scorer
@@ -50,6 +49,7 @@ class _Work:
     model: Model
     corpus: Corpus
     pairs: Pairs
+    task: str | None
     folder: Path
     stamp: dict[str, Any]
     mesh: DeviceMesh | None
@@ -58,13 +58,14 @@ class _Work:
 
 def mine_file(
     model: Model,
-    corpus: str | Path,
-    pairs: str | Path,
+    corpus: str | Path | File,
+    pairs: str | Path | File,
     output: str | Path,
     how: Negatives,
     *,
     corpus_columns: Sequence[str] = (),
     pair_columns: tuple[str, str] = ("anchor", "positive"),
+    task: str | None = None,
     scorer: tuple[str, Scorer | None] | None = None,
     seed: int = 0,
     mesh: DeviceMesh | None = None,
@@ -73,24 +74,30 @@ def mine_file(
     """Writes a row (anchor, positive, negative, negative_2, ...) to `output`, .jsonl or .parquet, for each different pair of
     `pairs` that has enough negatives in `corpus` or among the positives of other anchors.
 
-    `corpus_columns` make one text together; by default the column "text", or the only one. With `scorer`, (its name, None for
-    the mining model itself), score, score_2, ... are those of the positive and the negatives.
-    Finished stages wait in OUTPUT.work: the same call after a kill goes on there. Raises ConfigError for wrong arguments or the
-    work of another call, DataError for files without usable rows, StorageError for what cannot be written.
+    `corpus_columns` make one text together; by default the column "text", or the only one. `task` names one of the model's
+    prompts, adapters, or both. With `scorer`, (its name, None for the mining model itself), score, score_2, ... are those of
+    the positive and the negatives.
+    Finished stages wait in OUTPUT.work: the same call after a kill goes on there, and one for other negatives of the same model
+    and files takes their vectors. Raises ConfigError for wrong arguments or the work of another model or other files, DataError
+    for files without usable rows, StorageError for what cannot be written.
     """
     output = Path(output)
     if output.suffix not in WRITERS:
         raise ConfigError(f"{output}: the output is told by its ending, {' or '.join(WRITERS)}")
     if jax.process_count() > 1:
         raise ConfigError(f"mining to a file runs in one process; {jax.process_count()} are running")
-    sources = open_source(File(str(pairs))), open_source(File(str(corpus)))
-    corpus_columns = corpus_columns or (text_column(sources[1], None),)
+    how.check(model.config.similarity)
+    files = [file if isinstance(file, File) else File(str(file)) for file in (pairs, corpus)]
+    sources = [open_source(file) for file in files]
+    select(sources[0], dict(zip(("anchor", "positive"), pair_columns, strict=True)), "the pairs (--columns)")
+    corpus_columns = corpus_columns or _text_column(sources[1])
+    select(sources[1], {name: name for name in corpus_columns}, "the corpus (--corpus-columns)")
     told = lambda done, total: progress("read the corpus", done, total)
     documents = Corpus([(sources[1], corpus_columns), (sources[0], [pair_columns[1]])], told)
     found = Pairs(sources[0], *pair_columns, documents)
-    said = {"corpus columns": list(corpus_columns), "pair columns": list(pair_columns)}
-    stamp = {"model": _prints(model), "pairs": _files(sources[0]), "corpus": _files(sources[1]), **said}
-    work = _Work(model, documents, found, Path(f"{output}.work"), stamp, mesh, progress)
+    said = {"corpus columns": list(corpus_columns), "pair columns": list(pair_columns), "task": task}
+    stamp = {"model": _prints(model), **dict(zip(("pairs", "corpus"), map(_facts, files, sources), strict=True)), **said}
+    work = _Work(model, documents, found, task, Path(f"{output}.work"), stamp, mesh, progress)
     try:
         work.folder.mkdir(parents=True, exist_ok=True)
         mined = _mine(work, how, seed, scorer)
@@ -112,8 +119,10 @@ def _mine(work: _Work, how: Negatives, seed: int, scorer: tuple[str, Scorer | No
     if not len(rows):
         raise DataError("no anchor has enough negatives; widen the ranks, scores or margin, or ask for fewer")
     candidates = np.concatenate([work.pairs.positive[rows][:, None], taken], 1)
-    anchors = queries[work.pairs.anchor[rows]]
-    own = np.stack([score(anchors, documents[column]) for column in candidates.T], 1)
+    own = np.empty(candidates.shape, np.float32)
+    for at in range(0, len(rows), ROWS):
+        anchors = queries[work.pairs.anchor[rows[at : at + ROWS]]]
+        own[at : at + ROWS] = np.stack([score(anchors, documents[each]) for each in candidates[at : at + ROWS].T], 1)
     written = None if scorer is None else own if scorer[1] is None else _scored(work, *scorer, how, seed, rows, candidates)
     return rows, candidates, written, own, int((~enough).sum())
 
@@ -123,7 +132,7 @@ def _encoded(work: _Work, column: str, texts: Corpus) -> Float[np.ndarray, "N E"
     width = work.model.embedders[work.model.config.tower_of(column)].width
     told = lambda done, total: work.progress(f"encode {'the corpus' if column == 'document' else 'anchors'}", done, total)
     return _kept(work, column, (len(texts), width), "<f4", lambda start: stream(
-        work.model, texts, column, mesh=work.mesh, start=start, progress=told
+        work.model, texts, column, task=work.task, mesh=work.mesh, start=start, progress=told
     ))  # fmt: skip
 
 
@@ -158,14 +167,25 @@ def _scored(work: _Work, name: str, scorer: Scorer | None, how: Negatives, seed:
 def _kept(
     work: _Work, name: str, shape: tuple[int, int], dtype: str, blocks: Callable[[int], Iterator[np.ndarray]], **asked: Any
 ) -> np.ndarray:
-    """An array that `blocks(start)` makes from row `start` on, finished blocks of which are kept in the work folder."""
+    """An array that `blocks(start)` makes from row `start` on, finished blocks of which are kept in the work folder: those of
+    the same model and files for which something else was `asked` are made anew."""
     partial = Partial(work.folder / name, {**work.stamp, **asked}, shape, dtype)
+    if _asked_before(partial, asked) != asked:
+        partial.remove()
     try:
         for block in blocks(start) if (start := partial.open()) < shape[0] else ():
             partial.append(block)
     finally:
         partial.close()
     return np.load(partial.path, mmap_mode="r")
+
+
+def _asked_before(partial: Partial, asked: dict[str, Any]) -> dict[str, Any]:
+    """What was asked for when the finished blocks were made; of blocks that are not there, the same as now."""
+    try:
+        return {key: json.loads(partial.state.read_text())["of"][key] for key in asked}
+    except (OSError, ValueError, KeyError, TypeError):  # what is no state of ours is for `Partial` to tell
+        return asked
 
 
 def _different(pairs: Pairs) -> Int[np.ndarray, "R"]:
@@ -208,8 +228,20 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], schema: pa.Schema
 WRITERS = {".jsonl": _write_jsonl, ".parquet": _write_parquet}
 
 
-def _files(source: Source) -> list[dict[str, Any]]:
-    return [{"bytes": info.size, "sha256": info.sha256} for info in source.files]
+def _text_column(source: Source) -> tuple[str, ...]:
+    """The column of the documents where none is named. Raises ConfigError."""
+    if "text" in source.columns:
+        return ("text",)
+    if len(source.columns) > 1:
+        found = ", ".join(source.columns)
+        raise ConfigError(f"{source.name} has the columns {found}; say which hold the documents (--corpus-columns)")
+    return source.columns
+
+
+def _facts(file: File, source: Source) -> list[dict[str, Any]]:
+    """What a file holds, and how it is read."""
+    how = {"format": file.format, "names": list(file.names), "quotes": file.quotes}
+    return [{"bytes": info.size, "sha256": info.sha256, **how} for info in source.files]
 
 
 def _prints(model: Model) -> list[str]:

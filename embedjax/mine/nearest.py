@@ -19,18 +19,25 @@ Progress = Callable[[int, int], None]
 ANCHORS = 4096
 """Anchors searched for at once; the corpus goes to the devices once for so many."""
 
+NEAREST = 1 << 21
+"""Documents found at once, for all anchors: those of an anchor with many positives are searched for with few others."""
+
+QUERIES = 256
+"""Anchors are searched for in tiles of so many: the last is filled up, or each size would be compiled."""
+
 
 def stream(
     model: Model,
     texts: Corpus,
     column: str,
     *,
+    task: str | None = None,
     mesh: DeviceMesh | None = None,
     start: int = 0,
     progress: Progress | None = None,
 ) -> Iterator[Float[np.ndarray, "n E"]]:
     """Blocks of the texts' vectors, from text `start` on, made so that their product is the model's similarity."""
-    encoder, total = Encoder(model, column=column, mesh=mesh), len(texts)
+    encoder, total = Encoder(model, column=column, task=task, mesh=mesh), len(texts)
     starts = range(start, total, min(encoder.block, 2 * encoder.tokens))
     blocks = (encoder.tokenize(texts.take(range(at, min(at + starts.step, total)))) for at in starts)
     told = (lambda done: progress(start + done, total)) if progress else None
@@ -51,9 +58,11 @@ def negatives(
 ) -> Iterator[tuple[range, Chosen]]:
     """(numbers of anchors, their negatives), block by block from anchor `start` on."""
     positive = lowest(pairs, queries, documents)
-    for at in range(start, len(queries), ANCHORS):
-        block = range(at, min(at + ANCHORS, len(queries)))
-        scores, numbers = topk(queries[block.start : block.stop], documents, how.range_max + known.longest, mesh=mesh)
+    for block, k in blocks(known, how.range_max, start):
+        part = np.asarray(queries[block.start : block.stop])
+        filled = np.pad(part, ((0, -len(part) % QUERIES), (0, 0)))
+        found = topk(filled, documents, k, mesh=mesh, query_block=QUERIES)
+        scores, numbers = (array[: len(block)] for array in found)
         yield (
             block,
             choose(
@@ -66,6 +75,19 @@ def negatives(
                 seed=seed,
             ),
         )
+
+
+def blocks(known: Lists, range_max: int, start: int = 0) -> Iterator[tuple[range, int]]:
+    """(numbers of anchors, how many documents near each are looked at) of all anchors from `start` on: at most ANCHORS, and
+    NEAREST documents. What is known of an anchor may be the nearest there is, so the longest list of a block is added to the
+    ranks asked for; as a power of two, since each number is compiled once."""
+    sizes = known.sizes
+    while start < len(sizes):
+        longest = np.maximum.accumulate(sizes[start : start + ANCHORS])
+        wanted = range_max + (1 << np.ceil(np.log2(np.maximum(longest, 1))).astype(int))
+        count = max(1, int(np.count_nonzero(np.arange(1, len(wanted) + 1) * wanted <= NEAREST)))
+        yield range(start, start + count), int(wanted[count - 1])
+        start += count
 
 
 def lowest(pairs: Pairs, queries: Float[np.ndarray, "U E"], documents: Float[np.ndarray, "N E"]) -> Float[np.ndarray, "U"]:

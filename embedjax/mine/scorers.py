@@ -15,20 +15,23 @@ Scorer = Callable[[Sequence[str], Sequence[Sequence[str]]], Float[np.ndarray, "n
 """(n anchors, C documents of each) -> scores."""
 
 
-def teacher(model: Model, mesh: DeviceMesh | None = None) -> Scorer:
-    """The similarities of an embedding model; equal texts of a call are encoded once."""
+def teacher(model: Model, mesh: DeviceMesh | None = None, task: str | None = None) -> Scorer:
+    """The similarities of an embedding model, with its prompt or adapter `task`; equal texts of a call are encoded once."""
 
     def scores(anchors, documents):
         flat = [text for row in documents for text in row]
-        queries, candidates = (_vectors(model, texts, side, mesh) for texts, side in ((anchors, "query"), (flat, "document")))
+        sides = {"query": anchors, "document": flat}
+        queries, candidates = (_vectors(model, texts, side, task, mesh) for side, texts in sides.items())
         return np.einsum("ne,nce->nc", queries, candidates.reshape(len(anchors), -1, candidates.shape[-1]))
 
     return scores
 
 
-def _vectors(model: Model, texts: Sequence[str], column: str, mesh: DeviceMesh | None) -> Float[np.ndarray, "n E"]:
+def _vectors(
+    model: Model, texts: Sequence[str], column: str, task: str | None, mesh: DeviceMesh | None
+) -> Float[np.ndarray, "n E"]:
     different = {text: k for k, text in enumerate(dict.fromkeys(texts))}
-    vectors = comparable(encode(model, list(different), column=column, mesh=mesh), model.config.similarity)
+    vectors = comparable(encode(model, list(different), column=column, task=task, mesh=mesh), model.config.similarity)
     return vectors[[different[text] for text in texts]]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
@@ -35,7 +36,6 @@ class Head:
     """One label a row, or each a yes or no."""
     kernel: Float[np.ndarray, "F C"]
     bias: Float[np.ndarray, " C"]
-
     adapter: str = ""
     """The adapter whose embeddings it reads; empty for a model without, or as the model takes one when none is named."""
 
@@ -65,7 +65,9 @@ def scores(kernel: Float[Array, "F C"], bias: Float[Array, " C"], *vectors: Floa
     2022, the efficient variant)."""
     parts = 1 if len(vectors) == 1 else 3
     kept = kernel.reshape(parts, -1, len(bias))[:, : vectors[0].shape[1]]
-    return features(*vectors) @ kept.reshape(-1, len(bias)) + bias[None]
+    # Accelerators multiply float32 in less by default.
+    product_BC = jnp.matmul(features(*vectors), kept.reshape(-1, len(bias)), precision=jax.lax.Precision.HIGHEST)
+    return product_BC + bias[None]
 
 
 def write_heads(folder: Path, heads: Mapping[str, Head]) -> None:

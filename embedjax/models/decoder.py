@@ -74,6 +74,7 @@ class Decoder(nn.Module):
     compute: str = "float32"
     remat: bool = False
     layers: Literal["auto", "scan", "unroll"] = "auto"
+    still: int = 0
 
     @nn.compact
     def __call__(
@@ -108,6 +109,8 @@ def init_decoder(key: Array, arch: Bert | Roberta) -> dict[str, Any]:
     return {"blocks": {name: params["blocks"][name] for name in ONLY_DECODER}}
 
 
-def tied(encoder: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a decoder: the tower's, and its own."""
-    return {**encoder, "blocks": {**encoder["blocks"], **own["blocks"]}}
+def tied(encoder: Mapping[str, Any], own: Mapping[str, Any], still: int = 0) -> dict[str, Any]:
+    """The parameters of a decoder: the tower's, the first `still` layers of which get no gradient, and its own."""
+    # Unlike in the tower, what they see does: it is how the decoder hears of the vector.
+    cut = lambda x: jnp.concatenate([jax.lax.stop_gradient(x[:still]), x[still:]]) if still else x
+    return {**encoder, "blocks": {**jax.tree.map(cut, encoder["blocks"]), **own["blocks"]}}

@@ -33,6 +33,8 @@ class Embedder:
     compute: Dtype = "float32"
     remat: bool = False
     layers: Literal["auto", "scan", "unroll"] = "auto"
+    still: int = dataclasses.field(default=0, repr=False)
+    """First layers without gradient; decides no number, and is left out of what tells models apart."""
 
     @property
     def width(self) -> int:
@@ -42,7 +44,8 @@ class Embedder:
     @property
     def tower(self) -> nn.Module:
         """The Linen module under `params["encoder"]`."""
-        return family_of(self.arch).Tower(self.arch, compute=self.compute, remat=self.remat, layers=self.layers)
+        how = {"compute": self.compute, "remat": self.remat, "layers": self.layers, "still": self.still}
+        return family_of(self.arch).Tower(self.arch, **how)
 
     def init(self, key: Array) -> dict[str, Any]:
         """Random float32 parameters {"encoder": ..., "dense": {"0": ...}}, "dense" only if there are projections."""
@@ -104,7 +107,7 @@ def build_embedder(tower: config.Tower | config.ImageTower) -> Embedder | ImageE
     """The embedder of a resolved tower (no field None). Raises ConfigError for one that is not."""
     if isinstance(tower, config.ImageTower):
         return build_image_embedder(tower)
-    names = [field.name for field in dataclasses.fields(Embedder)]
+    names = [field.name for field in dataclasses.fields(Embedder) if field.name != "still"]
     if unresolved := [name for name in names if getattr(tower, name) is None]:
         raise ConfigError(f"the tower is not resolved: {', '.join(unresolved)} is None; read it from its `init` folder first")
     return Embedder(**{name: getattr(tower, name) for name in names})

@@ -16,9 +16,9 @@ from embedjax.config import Architecture, Dense, Static, Tower
 from embedjax.config.errors import ConfigError, nearest
 from embedjax.config.model import PoolingName, Similarity
 from embedjax.models.families import FAMILIES, described, family_of
-from embedjax.models.families.static import from_model2vec
+from embedjax.models.families.static import LONGEST, from_model2vec
 from embedjax.models.jsonfile import get, read_json
-from embedjax.models.layout import Layout, is_route, layout
+from embedjax.models.layout import SETTINGS, Layout, is_route, layout
 from embedjax.models.weights import from_tensors, load_tensors
 
 FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]  # what is fetched from the hub; never code
@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, Literal["tanh", "identity"]] = {
     "torch.nn.modules.linear.Identity": "identity",
 }
 PLAIN = {"prompts": {}, "default_prompt": None, "similarity": "cosine"}  # of a folder that says nothing of them
-STATIC_LENGTH = 512
+MODEL2VEC_LENGTH = 512
 ENCODER_CONFIGS = tuple(f"sentence_{name}_config.json" for name in ("bert", "roberta", "distilbert", "xlm-roberta"))
 
 
@@ -72,7 +72,12 @@ def read_tower(folder: str | Path) -> Tower:
     """
     folder = Path(folder)
     found = layout(folder)
-    arch = _read_static(found.encoder)[0] if found.static else read_arch(found.encoder)
+    if found.static:
+        arch, _, unstated = _read_static(found.encoder)
+        max_length = _read_truncation(found.encoder, unstated)
+    else:
+        arch = read_arch(found.encoder)
+        max_length = _read_max_length(found.encoder, arch)
     pooling: dict[str, Any] = {"pooling": "mean", "include_prompt": True}
     if found.pooling:
         pooling = _read_pooling(found.pooling, arch.width)
@@ -82,7 +87,7 @@ def read_tower(folder: str | Path) -> Tower:
         tokenizer=str(found.encoder),
         dense=_read_dense(found, arch.width),
         normalize=found.normalize,
-        max_length=_read_truncation(found.encoder) if found.static else _read_max_length(found.encoder, arch),
+        max_length=max_length,
         **pooling,
         **(_read_settings(found.settings) if found.settings else PLAIN),
     )
@@ -143,7 +148,7 @@ def _read_pooling(folder: Path, width: int) -> dict[str, Any]:
 
 def _read_settings(folder: Path) -> dict[str, Any]:
     """What the folder says of the whole model: prompts and similarity."""
-    file = folder / "config_sentence_transformers.json"
+    file = folder / SETTINGS
     config = read_json(file) if file.exists() else {}
     kind = get(config, "model_type", str, "SentenceTransformer", file=file)
     if kind != "SentenceTransformer":
@@ -196,19 +201,22 @@ def _read_dense_weights(folder: Path, spec: Dense, width: int) -> dict[str, np.n
     return kernel | ({"bias": tensors["linear.bias"]} if spec.bias else {})
 
 
-def _read_static(folder: Path) -> tuple[Static, dict[str, np.ndarray]]:
-    """A table's architecture and tensors: it has no config, its sizes are those of its one tensor."""
-    tensors = from_model2vec(load_tensors(folder), file=folder)
+def _read_static(folder: Path) -> tuple[Static, dict[str, np.ndarray], int]:
+    """A table's architecture and tensors, and the longest text where its tokenizer states none: it has no config, its sizes are
+    those of its one tensor. model2vec cuts texts, sentence-transformers does not."""
+    stored = load_tensors(folder)
+    tensors = from_model2vec(stored, file=folder)
     table = tensors.get("embedding.weight")
     if table is None or table.ndim != 2 or 0 in table.shape:
         raise ConfigError(f"{folder} holds the tensors {sorted(tensors)}; expected a table `embedding.weight`")
-    return Static(*table.shape), tensors
+    return Static(*table.shape), tensors, MODEL2VEC_LENGTH if "embeddings" in stored else LONGEST
 
 
-def _read_truncation(folder: Path) -> int:
-    """The limit in tokens that a table's tokenizer.json states; without one, model2vec's."""
+def _read_truncation(folder: Path, unstated: int) -> int:
+    """The limit in tokens that a table's tokenizer.json states."""
     file = folder / "tokenizer.json"
-    stated = get(get(read_json(file), "truncation", dict, {}, file=file), "max_length", int, STATIC_LENGTH, file=file)
+    truncation = get(read_json(file), "truncation", dict, {}, file=file)
+    stated = min(get(truncation, "max_length", int, unstated, file=file), LONGEST)
     if stated < 1:
         raise ConfigError(f"{file}: the longest text is {stated} tokens; it must be at least 1")
     return stated

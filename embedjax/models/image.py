@@ -34,6 +34,8 @@ class ImageEmbedder:
     compute: Dtype = "float32"
     remat: bool = False
     layers: Literal["auto", "scan", "unroll"] = "auto"
+    still: int = dataclasses.field(default=0, repr=False)
+    """First layers without gradient; decides no number, and is left out of what tells models apart."""
 
     @property
     def width(self) -> int:
@@ -43,7 +45,8 @@ class ImageEmbedder:
     @property
     def tower(self) -> nn.Module:
         """The Linen module under `params["encoder"]`."""
-        return family_of(self.arch).Tower(self.arch, compute=self.compute, remat=self.remat, layers=self.layers)
+        how = {"compute": self.compute, "remat": self.remat, "layers": self.layers, "still": self.still}
+        return family_of(self.arch).Tower(self.arch, **how)
 
     def init(self, key: Array) -> dict[str, Any]:
         """Random float32 parameters {"encoder": ..., "dense": {"0": ...}}, "dense" only if there are projections."""
@@ -103,7 +106,7 @@ class ImageEmbedder:
 
 def build_image_embedder(tower: ImageTower) -> ImageEmbedder:
     """The embedder of a resolved tower (no field None). Raises ConfigError for one that is not."""
-    names = [field.name for field in dataclasses.fields(ImageEmbedder)]
+    names = [field.name for field in dataclasses.fields(ImageEmbedder) if field.name != "still"]
     if unresolved := [name for name in names if getattr(tower, name) is None]:
         raise ConfigError(f"the tower is not resolved: {', '.join(unresolved)} is None; read it from its `init` folder first")
     return ImageEmbedder(**{name: getattr(tower, name) for name in names})

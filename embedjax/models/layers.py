@@ -197,9 +197,10 @@ def stack(
 
     `block` is a template, made with parent=None. `per_layer` is a tree of arrays [S ...]; `view` turns one layer's slice of it
     into what the block sees. The tower's fields say how: `remat` recomputes layers in the backward pass; `layers` scans
-    (compiles one layer) or unrolls (compiles all; a sixth faster on a CPU, where "auto" does it). The numbers are the same.
+    (compiles one layer) or unrolls (compiles all; a sixth faster on a CPU, where "auto" does it); the first `still` layers and
+    what they see have no gradient, and no backward pass. The numbers are the same.
     """
-    depth, each = jax.tree.leaves(per_layer)[0].shape[0], None
+    depth = jax.tree.leaves(per_layer)[0].shape[0]
 
     def init(rng):
         first = view(jax.tree.map(lambda a: a[0], per_layer))
@@ -211,19 +212,31 @@ def stack(
         return by_rows(y)
 
     layer = jax.checkpoint(layer) if tower.remat else layer
-    x_BLD = first_BLD = by_rows(x_BLD)
-    stacked = tower.param("blocks", init), per_layer
-    if tower.layers == "unroll" or (tower.layers == "auto" and on_cpu()):
-        outputs = []
-        for slices in unstack(stacked):
-            x_BLD = layer(x_BLD, slices)
-            outputs.append(x_BLD)
-        each = jnp.stack(outputs) if want_layers else None
-    else:
-        x_BLD, each = jax.lax.scan(lambda x, s: (y := layer(x, s), y if want_layers else None), x_BLD, stacked)
-    if each is not None:
-        each = jnp.concatenate([first_BLD[None], each]).astype(jnp.float32)
-    return x_BLD.astype(jnp.float32), each
+    loop = _unrolled if tower.layers == "unroll" or (tower.layers == "auto" and on_cpu()) else _scanned
+    x_BLD, stacked = by_rows(x_BLD), (tower.param("blocks", init), per_layer)
+    each: list[Any] = [x_BLD[None]]
+    if tower.still:
+        # A scan has one backward pass for all its layers: those without are a scan of their own, cut off before and after.
+        below = jax.tree.map(lambda a: a[: tower.still], stacked)
+        stacked = jax.tree.map(lambda a: a[tower.still :], stacked)
+        x_BLD, outputs = jax.lax.stop_gradient(loop(layer, *jax.lax.stop_gradient((x_BLD, below)), want_layers))
+        each.append(outputs)
+    if tower.still < depth:
+        x_BLD, outputs = loop(layer, x_BLD, stacked, want_layers)
+        each.append(outputs)
+    return x_BLD.astype(jnp.float32), jnp.concatenate(each).astype(jnp.float32) if want_layers else None
+
+
+def _scanned(layer: Callable, x_BLD: Array, stacked: PyTree, want_layers: bool) -> tuple[Array, Array | None]:
+    return jax.lax.scan(lambda x, slices: (y := layer(x, slices), y if want_layers else None), x_BLD, stacked)
+
+
+def _unrolled(layer: Callable, x_BLD: Array, stacked: PyTree, want_layers: bool) -> tuple[Array, Array | None]:
+    outputs = []
+    for slices in unstack(stacked):
+        x_BLD = layer(x_BLD, slices)
+        outputs.append(x_BLD)
+    return x_BLD, jnp.stack(outputs) if want_layers else None
 
 
 def unstack(tree: PyTree) -> list[PyTree]:

@@ -14,6 +14,7 @@ from embedjax.models.jsonfile import get, read_json, read_list
 KINDS = ("Transformer", "Pooling", "Dense", "Normalize", "StaticEmbedding", "Router")
 CLASS = re.compile(r"sentence_transformers\.(?:models|base\.modules|sentence_transformer\.modules)(?:\.\w+)?\.(\w+)")
 ROUTER_CONFIG = "router_config.json"
+SETTINGS = "config_sentence_transformers.json"
 
 Modules = list[tuple[str, Path]]
 """Kind and folder of each module of a chain."""
@@ -39,7 +40,8 @@ class Layout(NamedTuple):
 def layout(folder: Path) -> Layout:
     """The layout of a model folder, or of a Router's route, named as a folder in it: FOLDER/query."""
     if folder.name in ROLES and (routed := _router(folder.parent)):
-        return _chain(routed[folder.name], folder.parent, folder.parent / ROUTER_CONFIG)
+        own = (folder / SETTINGS).exists()  # a Router that we wrote: its root has but one default prompt
+        return _chain(routed[folder.name], folder if own else folder.parent, folder.parent / ROUTER_CONFIG)
     file = folder / "modules.json"
     if not file.exists():
         return Layout(folder, None)

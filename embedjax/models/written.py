@@ -20,7 +20,7 @@ from embedjax.config import ROLES, Static, Tower
 from embedjax.config.errors import ConfigError, StorageError
 from embedjax.models.families import family_of
 from embedjax.models.folders import ACTIVATIONS, BOOLEANS
-from embedjax.models.layout import ROUTER_CONFIG
+from embedjax.models.layout import ROUTER_CONFIG, SETTINGS
 from embedjax.models.weights import to_tensors
 
 VERSIONS = {
@@ -69,7 +69,8 @@ def write_router(folder: str | Path, towers: Mapping[str, Part], *, replace: boo
         parameters = {"default_route": "document", "allow_empty_key": True}
         _write_json(root / ROUTER_CONFIG, {"types": types, "structure": structure, "parameters": parameters})
         model = {route: tower for route, (tower, *_) in towers.items()}
-        _write_settings(root, _shared_prompts(model), None, model["document"], VERSIONS | {"sentence_transformers": "5.0.0"})
+        prompts, versions = shared_prompts(model), VERSIONS | {"sentence_transformers": "5.0.0"}
+        _write_settings(root, prompts, "document" if prompts["document"] else None, model["document"], versions)
     return Path(folder)
 
 
@@ -111,7 +112,7 @@ def _write_tower(
     prompts = dict(tower.prompts or {})
     if tower.default_prompt:  # of queries and documents too, which sentence-transformers asks for by their names alone
         prompts = dict.fromkeys(ROLES, prompts[tower.default_prompt]) | prompts
-    _write_settings(root, prompts, tower.default_prompt, tower, VERSIONS)
+    _write_settings(root, prompts, tower.default_prompt or None, tower, VERSIONS)
     return modules
 
 
@@ -129,11 +130,12 @@ def _write_settings(
         "default_prompt_name": default,
         "similarity_fn_name": tower.similarity or "cosine",
     }
-    _write_json(root / "config_sentence_transformers.json", settings)
+    _write_json(root / SETTINGS, settings)
 
 
-def _shared_prompts(towers: Mapping[str, Tower]) -> dict[str, str]:
-    """The prompts of several towers as those of one model: each route's own under its name, which is what is asked for."""
+def shared_prompts(towers: Mapping[str, Tower]) -> dict[str, str]:
+    """The prompts of several towers as those of one model: each route's own under its name, which is what is asked for. Raises
+    ConfigError for prompts of one name that differ."""
     shared: dict[str, str] = {}
     for route, tower in towers.items():
         for name, text in (tower.prompts or {}).items():

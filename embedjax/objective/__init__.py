@@ -20,7 +20,6 @@ from embedjax.config import (
     CosineRegression,
     DenoisingAutoEncoder,
     GlobalOrthogonal,
-    InBatch,
     KlDistillation,
     Loss,
     MarginMse,
@@ -37,19 +36,18 @@ from embedjax.config import (
     Triplet,
     VectorDistillation,
 )
-from embedjax.config.errors import ConfigError
 from embedjax.models.embedder import Embedder
 from embedjax.objective import distill, triplet
 from embedjax.objective.classify import class_head, init_class_head, sup_con
 from embedjax.objective.encoding import require
-from embedjax.objective.inbatch import first_scale, in_batch
+from embedjax.objective.inbatch import first_values, in_batch
 from embedjax.objective.kinds import Builder, Objective, bound, combine
 from embedjax.objective.pairwise import pair
 from embedjax.objective.tokens import denoising, denoising_head, masked_language, masked_language_head, resolve
-from embedjax.objective.towers import plain
+from embedjax.objective.towers import held, plain
 from embedjax.objective.wrapped import members, summed, wrapped
 
-__all__ = ["HEADS", "OBJECTIVES", "Objective", "bound", "combine", "loss_params", "make", "resolve"]
+__all__ = ["HEADS", "OBJECTIVES", "Objective", "bound", "combine", "first_values", "loss_params", "make", "resolve"]
 
 OBJECTIVES: dict[type[Loss], Builder] = {
     MultipleNegatives: in_batch,
@@ -90,7 +88,7 @@ def make(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: Mesh)
     teacher that do not fit."""
     if isinstance(task.loss, Pooled):
         require(task, task.loss.needs, task.loss.takes)
-    return plain(_made(task, model, embedders, mesh), task, model)
+    return plain(_made(task, model, held(embedders, model), mesh), task, model)
 
 
 def _made(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: Mesh) -> Objective:
@@ -102,17 +100,12 @@ def _made(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: Mesh
 
 def loss_params(task: Set, model: Model, embedders: Mapping[str, Embedder], key: jax.Array) -> dict[str, Any]:
     """Initial values of what the loss itself trains: a learned scale and bias under these names, shared by all sets, and a
-    head under the name of the set. Raises ConfigError for a sum with two heads."""
-    loss, found = task.loss, {}
-    if isinstance(loss, Sum):
-        if sum(type(each) in HEADS for each in loss.losses) > 1:
-            raise ConfigError(f"set {task.name!r}: a Sum has one loss with a head at most; give the others sets of their own")
-        for each in members(task):
-            found |= loss_params(each, model, embedders, key)
-    if isinstance(loss, InBatch) and loss.learn_scale:
-        found["scale"] = jnp.log(jnp.float32(first_scale(loss, model)))
-    if isinstance(loss, Siglip) and loss.learn_bias:
-        found["bias"] = jnp.float32(loss.bias)
-    if type(loss) in HEADS:
-        found[task.name] = HEADS[type(loss)](task, model, embedders, key)
+    head under the name of the set."""
+    first = first_values([task], model)
+    found: dict[str, Any] = {name: jnp.float32(value) for name, value in first.items()}
+    if "scale" in first:
+        found["scale"] = jnp.log(found["scale"])
+    for each in members(task) if isinstance(task.loss, Sum) else [task]:
+        if type(each.loss) in HEADS:
+            found[task.name] = HEADS[type(each.loss)](each, model, embedders, key)
     return found

@@ -60,14 +60,15 @@ def classes(task: Set) -> int:
 
 
 def sup_con(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: Mesh) -> Objective:
-    """Supervised contrastive over the anchors, and the positives if there are."""
+    """Supervised contrastive over the anchors, and the positives if there are. Hard negatives, which a sum's other losses may
+    need, have no label and count nowhere."""
     loss = task.loss
     assert isinstance(loss, SupCon)
 
     def value(params, outputs, labels, key):
         if labels.ndim > 1:
             raise ConfigError(f"set {task.name!r}: SupCon needs one label a row, not a list")
-        views = [outputs["anchor"][:, None]] + ([outputs["positive"]] if "positive" in task.columns else [])
+        views = [outputs["anchor"][:, None]] + ([outputs["positive"][:, :1]] if "positive" in task.columns else [])
         return classify.sup_con(jnp.concatenate(views, 1), labels, loss.scale)
 
     return Objective(texts(task, model, embedders), _labels, value)

@@ -8,13 +8,16 @@ from jax.sharding import Mesh
 from embedjax.config import KlDistillation, MarginMse, Model, Set, Taught, VectorDistillation
 from embedjax.config.errors import ConfigError
 from embedjax.losses import distill
+from embedjax.losses.compose import vectors_prefix
 from embedjax.models.embedder import Embedder
 from embedjax.objective.encoding import frozen_tower, texts
 from embedjax.objective.kinds import Objective
+from embedjax.objective.wrapped import normalized_prefixes
 
 
 def vectors(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: Mesh) -> Objective:
-    """Raises ConfigError when the teacher's vectors have another width than the student's."""
+    """The student's vectors against a teacher's of the same texts, or a stored one against anchor and positive: hard negatives,
+    which a sum's other losses may need, mean something else. Raises ConfigError when the widths differ."""
     loss = task.loss
     assert isinstance(loss, VectorDistillation)
     columns = ("anchor", *(("positive",) if {"positive", "negative"} & set(task.names) else ()))
@@ -22,27 +25,31 @@ def vectors(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: Me
     if len({embedders[model.tower_of(column)].width for column in columns}) > 1:
         raise ConfigError(f"set {task.name!r}: the teacher's vectors cannot fit towers of two widths")
     if loss.teacher:
-        teach = frozen_tower("teacher", loss.teacher, columns, model, embedders)
-        targets = lambda constants, columns: _texts(teach(constants, columns))
+        targets = frozen_tower("teacher", loss.teacher, columns, task, model, embedders)
     else:
-        targets = lambda constants, columns: columns["vectors"][:, None]
+        targets = lambda constants, columns: {"anchor": columns["vectors"], "positive": columns["vectors"][:, None]}
+    normalized = normalized_prefixes(task, model, embedders)
 
     def value(params, outputs, targets, key):
-        if targets.shape[-1] != width:
+        if (found := targets["anchor"].shape[-1]) != width:
             raise ConfigError(
-                f"set {task.name!r}: the teacher's vectors have {targets.shape[-1]} numbers, the student's {width}; "
-                f"end the student's `dense` with Dense(features={targets.shape[-1]})"
+                f"set {task.name!r}: the teacher's vectors have {found} numbers, the student's {width}; "
+                f"end the student's `dense` with Dense(features={found})"
             )
-        student = _texts(outputs)
-        return distill.vectors(student, targets[..., : student.shape[-1]], loss.distance), {}
+        student = {name: x if loss.teacher or name == "anchor" else x[:, :1] for name, x in outputs.items()}
+        taught = {name: targets[name] for name in student}
+        if (length := outputs["anchor"].shape[-1]) < width:
+            taught = vectors_prefix(taught, length, normalized)
+        return distill.vectors(_texts(student), _texts(taught), loss.distance), {}
 
     return Objective(texts(task, model, embedders), targets, value)
 
 
 def scores(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: Mesh) -> Objective:
     """Raises ConfigError when the number of score columns does not fit that of the texts."""
-    loss, similarity = task.loss, model.similarity
+    loss = task.loss
     assert isinstance(loss, MarginMse | KlDistillation)
+    similarity = loss.similarity or model.similarity
     targets = _taught_scores(task, loss, model, embedders) if loss.teacher else _stored_scores(task)
 
     def value(params, outputs, targets, key):
@@ -67,7 +74,7 @@ def _stored_scores(task: Set) -> Callable:
 
 
 def _taught_scores(task: Set, loss: Taught, model: Model, embedders: Mapping[str, Embedder]) -> Callable:
-    teach = frozen_tower("teacher", loss.teacher, ("anchor", "positive"), model, embedders)
+    teach = frozen_tower("teacher", loss.teacher, ("anchor", "positive"), task, model, embedders)
     similarity = model.towers[loss.teacher].similarity or "cosine"
 
     def targets(constants, columns):

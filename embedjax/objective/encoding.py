@@ -93,9 +93,11 @@ def _embed(embedder: Embedder, params, column, row, key, step_key, layers: Layer
     return out.pooled, jnp.stack(earlier, -2)
 
 
-def frozen_tower(what: str, name: str, texts: tuple[str, ...], model: Model, embedders: Mapping[str, Embedder]) -> Callable:
-    """`(constants, columns) -> outputs`: the vectors of these columns by a frozen tower. It reads the tokens that were made for
-    the columns' own towers, as far as these read, so it must tokenize and prompt as they do.
+def frozen_tower(
+    what: str, name: str, texts: tuple[str, ...], task: Set, model: Model, embedders: Mapping[str, Embedder]
+) -> Callable:
+    """`(constants, columns) -> outputs`: the vectors of a set's columns by a frozen tower. It reads the tokens that were made
+    for the columns' own towers, as far as these read, so it must tokenize and prompt as they do.
 
     `what` calls it in errors. Raises ConfigError for a tower that is not there or would read other tokens; when it is called,
     for one of which a part is trained.
@@ -103,7 +105,7 @@ def frozen_tower(what: str, name: str, texts: tuple[str, ...], model: Model, emb
     if name not in model.towers:
         raise ConfigError(f"the loss's {what} {name!r} is no tower; {nearest(name, model.towers)}")
     for column in texts:
-        _require_equal_tokens(what, name, column, model)
+        _require_equal_tokens(what, name, column, task, model)
     embed = encoder(Model(model.towers, dict.fromkeys(("anchor", "positive"), name)), embedders)
 
     def encode(constants, columns):
@@ -115,12 +117,12 @@ def frozen_tower(what: str, name: str, texts: tuple[str, ...], model: Model, emb
     return encode
 
 
-def _require_equal_tokens(what: str, name: str, column: str, model: Model) -> None:
+def _require_equal_tokens(what: str, name: str, column: str, task: Set, model: Model) -> None:
     own = model.tower_of(column)
     parts = {
         "the tokenizer": lambda tower: (tower.tokenizer or tower.init, tower.arch and tower.arch.vocab_size, tower.lowercase),
         "special tokens, which static tables do without": lambda tower: type(tower.arch) is Static,
-        f"the prompt of column {column!r}": lambda tower: _prompt(tower, column),
+        f"the prompt of column {column!r}": lambda tower: _prompt(tower, tower.prompt_for(column, task.prompt)),
     }
     for part, of in parts.items():
         theirs, ours = of(model.towers[name]), of(model.towers[own])
@@ -129,9 +131,9 @@ def _require_equal_tokens(what: str, name: str, column: str, model: Model) -> No
             raise ConfigError(f"{what} {name!r} reads the tokens of tower {own!r}, so they must share {part}{shown}")
 
 
-def _prompt(tower: Tower, column: str) -> tuple[str, bool]:
-    """The text put before those of a column, and whether it is pooled."""
-    text = (tower.prompts or {}).get(tower.prompt_for(column) or "", "")
+def _prompt(tower: Tower, name: str | None) -> tuple[str, bool]:
+    """The text of a prompt, and whether it is pooled."""
+    text = (tower.prompts or {}).get(name or "", "")
     return text, not text or tower.include_prompt is not False
 
 

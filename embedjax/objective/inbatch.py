@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from embedjax.config import InBatch, Model, MultipleNegatives, Set, Siglip
+from embedjax.config import InBatch, Model, MultipleNegatives, Set, Siglip, Sum
 from embedjax.config.errors import ConfigError
 from embedjax.config.model import Similarity
 from embedjax.losses import contrastive, streaming
@@ -33,7 +33,7 @@ def in_batch(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: M
     assert isinstance(loss, InBatch)
     if model.similarity == "dot" and loss.form not in ("auto", "dense"):
         raise ConfigError(f'form {loss.form!r} holds cosines alone; take "auto" or "dense" for towers of similarity "dot"')
-    guide = _guide(loss, model, embedders)
+    guide = _guide(task, loss, model, embedders)
     compare = _comparison(loss, mesh, model.similarity, first_scale(loss, model))
 
     def targets(constants, columns):
@@ -56,6 +56,24 @@ def in_batch(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: M
         return found, metrics | ({"bias": bias} if isinstance(loss, Siglip) and loss.learn_bias else {})
 
     return Objective(texts(task, model, embedders), targets, value)
+
+
+def first_values(tasks: Sequence[Set], model: Model) -> dict[str, float]:
+    """Which of "scale" and "bias" are learned, and the values they begin with. A run has one of each: raises ConfigError where
+    losses begin with different ones."""
+    found: dict[str, tuple[float, str]] = {}
+    for task in tasks:
+        for loss in task.loss.losses if isinstance(task.loss, Sum) else (task.loss,):
+            mine = {"scale": first_scale(loss, model)} if isinstance(loss, InBatch) and loss.learn_scale else {}
+            mine |= {"bias": loss.bias} if isinstance(loss, Siglip) and loss.learn_bias else {}
+            for name, value in mine.items():
+                other, of = found.setdefault(name, (value, task.name))
+                if other != value:
+                    raise ConfigError(
+                        f"sets {of!r} and {task.name!r} learn one {name}, but from {other:g} and {value:g}; let their losses "
+                        f"begin with the same, or set learn_{name} to False in one"
+                    )
+    return {name: value for name, (value, _) in found.items()}
 
 
 def first_scale(loss: InBatch, model: Model) -> float:
@@ -123,11 +141,11 @@ def _rule(loss: InBatch, similarity: Similarity) -> Rule:
     return Rule(criterion, hardness, strength, loss.guide_margin, loss.guide_margin_kind, similarity)
 
 
-def _guide(loss: InBatch, model: Model, embedders: Mapping[str, Embedder]) -> Callable[[Any, dict], Guide | None]:
+def _guide(task: Set, loss: InBatch, model: Model, embedders: Mapping[str, Embedder]) -> Callable[[Any, dict], Guide | None]:
     """`(constants, columns) -> Guide`: the guide tower's vectors of the same texts, which it must tokenize the same way."""
     if not loss.guide:
         return lambda constants, columns: None
-    encode = frozen_tower("guide", loss.guide, ("anchor", "positive"), model, embedders)
+    encode = frozen_tower("guide", loss.guide, ("anchor", "positive"), task, model, embedders)
 
     def guide(constants, columns):
         outputs = encode(constants, columns)

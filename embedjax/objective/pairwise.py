@@ -16,13 +16,15 @@ from embedjax.objective.kinds import Objective
 
 def pair(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: Mesh) -> Objective:
     """Of several scores a row, which a sum's other losses may need, the first is the positive's. Raises ConfigError for several
-    without negatives."""
+    without negatives, and for names of labels that are not two."""
     loss, similarity = task.loss, model.similarity
     assert isinstance(loss, Pairwise)
     compare, target = COMPARE[type(loss)], "scores" if "score" in loss.needs else "labels"
     several = sorted(name for name in task.columns if name.startswith("score_"))
     if several and "negative" not in task.columns:
         raise ConfigError(f"set {task.name!r}: {type(loss).__name__} takes one score a row, not {several[0]!r} too")
+    if "label" in loss.needs and len(task.labels) not in (0, 2):
+        raise ConfigError(f"set {task.name!r}: {type(loss).__name__} tells two labels apart, 0 and 1, not {len(task.labels)}")
 
     def value(params, outputs, targets, key):
         if targets.ndim > 1:

@@ -92,7 +92,7 @@ def denoising(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: 
         noisy = delete_words(column, row, noise, share=loss.deleted, pad_id=arch.pad_id)
         vector = embedder.apply(tower, noisy, row=row, key=key).pooled
         ids, mask = column["ids"], column["mask"]
-        whole = {"params": tied(tower["encoder"], own["decoder"])}
+        whole = {"params": tied(tower["encoder"], own["decoder"], model.towers[name].freeze_layers)}
         salted = None if key is None else mix(key ^ jnp.uint32(DECODING))
         states: Any = decoder.apply(whole, ids[:, :-1], mask[:, :-1], vector, row_B=row, key=salted)
         logits: Any = head.apply({"params": own}, states, tower["encoder"]["tokens"]["embedding"])

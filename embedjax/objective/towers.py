@@ -1,15 +1,19 @@
-"""The towers as an objective sees them: plain ones, adapters added to their kernels and frozen layers cut from the gradient."""
+"""The towers as an objective sees them: plain ones, adapters added to their kernels, frozen layers without a backward pass."""
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from embedjax.config import Model, Set
 from embedjax.config.errors import ConfigError
 from embedjax.models import lora
+from embedjax.models.embedder import Embedder
 from embedjax.objective.kinds import Objective, combine
+
+
+def held(embedders: Mapping[str, Embedder], model: Model) -> dict[str, Embedder]:
+    """The embedders of a training step, without gradient for the layers that are frozen."""
+    still = {name: tower.freeze_layers for name, tower in model.towers.items() if tower.freeze_layers}
+    return {**embedders, **{name: dataclasses.replace(embedders[name], still=count) for name, count in still.items()}}
 
 
 def plain(made: Objective, task: Set, model: Model) -> Objective:
@@ -18,7 +22,7 @@ def plain(made: Objective, task: Set, model: Model) -> Objective:
     adapters = {name: lora.chosen(tower.lora, task.adapter) for name, tower in model.towers.items()}
     if task.adapter and not any(adapters.values()):
         raise ConfigError(f"set {task.name!r} trains the adapter {task.adapter!r}; no tower has `lora`")
-    altered = [name for name, tower in model.towers.items() if tower.lora or tower.freeze_layers]
+    altered = [name for name, tower in model.towers.items() if tower.lora]
     if not altered:
         return made
 
@@ -32,22 +36,12 @@ def plain(made: Objective, task: Set, model: Model) -> Objective:
         return {**constants, "towers": {**towers, **{name: merged(name, towers[name]) for name in altered if name in towers}}}
 
     def encode(params, constants, columns, key):
-        """A tower that is partly trained moves whole to what is trained; gradients go no further than they may."""
+        """A tower that is partly trained moves whole to what is trained."""
         trained, constant = dict(params.get("towers", {})), dict(frozen(constants)["towers"])
         for name in altered:
             if name in trained:
                 trained[name] = merged(name, combine(trained[name], constants.get("towers", {}).get(name, {})))
-                trained[name] = _still(trained[name], model.towers[name].freeze_layers)
                 constant.pop(name, None)
         return made.encode({**params, "towers": trained}, {**constants, "towers": constant}, columns, key)
 
     return made._replace(encode=encode, targets=lambda constants, columns: made.targets(frozen(constants), columns))
-
-
-def _still(params: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """A tower without gradient for its first layers. Cut, not masked: XLA then leaves out their backward pass."""
-    if not layers:
-        return dict(params)
-    cut = lambda x: jnp.concatenate([jax.lax.stop_gradient(x[:layers]), x[layers:]])
-    encoder = params["encoder"]
-    return {**params, "encoder": {**encoder, "blocks": jax.tree.map(cut, encoder["blocks"])}}

@@ -4,14 +4,14 @@ A loss that is wrapped takes outputs {"anchor": [B E], "positive": [B C E]}, by 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, UInt32
 
-from embedjax.config import InBatch, Layers, Model, Pooled, Set, Static, Sum
+from embedjax.config import ClassHead, InBatch, Layers, Model, Pooled, Set, Static, Sum, VectorDistillation
 from embedjax.config.errors import ConfigError
 from embedjax.losses import compose
 from embedjax.models.embedder import Embedder
@@ -22,14 +22,15 @@ Value = Callable[[Any, dict, Any, Any], tuple[Any, dict]]
 
 
 def wrapped(made: Objective, task: Set, model: Model, embedders: Mapping[str, Embedder]) -> Objective:
-    """The objective of a loss with its prefixes and layers; in-batch losses see to their prefixes themselves. Raises
-    ConfigError for prefixes or layers that the towers have not."""
+    """The objective of a loss with its prefixes and layers. In-batch losses see to their prefixes themselves; a sum's are those
+    of its losses. Raises ConfigError for prefixes or layers that the towers have not."""
     loss, value = task.loss, made.loss
     if not isinstance(loss, Pooled):
         return made
     if loss.matryoshka:
         require_prefixes(task, model, embedders)
-        value = value if isinstance(loss, InBatch) else _prefixes(value, loss, model)
+        if not isinstance(loss, InBatch | Sum):
+            value = _prefixes(value, loss, normalized_prefixes(task, model, embedders))
     if loss.layers:
         value = _layers(value, loss.layers, _depth(task, model, embedders))
     return made._replace(loss=value)
@@ -45,15 +46,29 @@ def chosen_prefixes(loss: Pooled, key: UInt32[Array, ""] | None) -> Bool[Array, 
 
 def require_prefixes(task: Set, model: Model, embedders: Mapping[str, Embedder]) -> None:
     assert isinstance(task.loss, Pooled)
-    for column in {"anchor", "positive"} & {name.partition("_")[0] for name in task.columns}:
+    for column in _columns(task):
         width = embedders[model.tower_of(column)].width
         for length in task.loss.matryoshka:
             if length > width:
                 raise ConfigError(f"matryoshka has prefix {length}; embeddings of column {column!r} have {width} numbers")
 
 
-def _prefixes(value: Value, loss: Pooled, model: Model) -> Value:
-    prefix = lambda outputs, length: compose.vectors_prefix(outputs, length, model.similarity)
+def normalized_prefixes(task: Set, model: Model, embedders: Mapping[str, Embedder]) -> set[str]:
+    """The columns whose prefixes have length 1 again. Vectors that are compared with each other do where cosines are compared,
+    as sentence-transformers cuts them. A class head and a teacher's vector meet them as they will be used: evaluation and the
+    exported head normalise what the tower normalises."""
+    if isinstance(task.loss, ClassHead | VectorDistillation):
+        return {column for column in _columns(task) if embedders[model.tower_of(column)].normalize}
+    return _columns(task) if model.similarity == "cosine" else set()
+
+
+def _columns(task: Set) -> set[str]:
+    """What a loss is given vectors of: hard negatives are with the positives."""
+    return {"anchor", *(("positive",) if {"positive", "negative"} & set(task.names) else ())}
+
+
+def _prefixes(value: Value, loss: Pooled, normalized: Collection[str]) -> Value:
+    prefix = lambda outputs, length: compose.vectors_prefix(outputs, length, normalized)
     total = compose.matryoshka(
         lambda outputs, params, targets, key: value(params, outputs, targets, key),
         loss.matryoshka,
@@ -97,9 +112,11 @@ def _depth(task: Set, model: Model, embedders: Mapping[str, Embedder]) -> int:
 
 
 def members(task: Set) -> list[Set]:
-    """The set with each loss of its sum."""
-    assert isinstance(task.loss, Sum)
-    return [dataclasses.replace(task, loss=loss) for loss in task.loss.losses]
+    """The set with each loss of its sum, whose prefixes are each loss's own: losses differ in how they take them."""
+    loss = task.loss
+    assert isinstance(loss, Sum)
+    shared = {name: getattr(loss, name) for name in ("matryoshka", "matryoshka_weights", "dims_per_step") if loss.matryoshka}
+    return [dataclasses.replace(task, loss=dataclasses.replace(each, **shared)) for each in loss.losses]
 
 
 def summed(task: Set, model: Model, embedders: Mapping[str, Embedder], parts: Sequence[Objective]) -> Objective:

@@ -42,7 +42,7 @@ def _columns(config: Config, task: Set, lengths: tuple[int, int]) -> dict[str, A
         front = (rows, count) if name == "negative" else (rows,)
         shape = (*front, lengths[0] if name == "anchor" else lengths[1])
         columns[name] = {"ids": Abstract(shape, np.dtype(np.int32)), "mask": Abstract(shape, np.dtype(bool))}
-        if tower.include_prompt is False and (tower.prompts or {}).get(tower.prompt_for(name) or ""):
+        if tower.include_prompt is False and (tower.prompts or {}).get(tower.prompt_for(name, task.prompt) or ""):
             columns[name]["pool"] = Abstract(shape, np.dtype(bool))
         if getattr(task.loss, "words", False):
             columns[name]["word"] = Abstract(shape, np.dtype(np.int32))

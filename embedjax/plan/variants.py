@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from embedjax.config import Config
+from embedjax.config import Config, InBatch
 
 MOST_ROWS = 2**24
 
@@ -30,7 +30,7 @@ def _remat(config: Config) -> tuple[str, Config] | None:
     towers = config.model.towers
     if all(tower.remat for tower in towers.values()):
         return None
-    told = " ".join(f"--model.towers.{name}.remat True" for name, tower in towers.items() if not tower.remat)
+    told = " ".join(f"--model.towers.{name}.remat" for name, tower in towers.items() if not tower.remat)
     changed = {name: dataclasses.replace(tower, remat=True) for name, tower in towers.items()}
     return told, dataclasses.replace(config, model=dataclasses.replace(config.model, towers=changed))
 
@@ -46,13 +46,13 @@ def _cached(config: Config, devices: int) -> Iterator[tuple[str, Config]]:
 
 
 def _losses(config: Config) -> Iterator[tuple[str, Config]]:
-    """The ring form where another was asked for, and tiles of 512 where they are larger."""
+    """The ring form where another was asked for, and tiles of 512 where they are larger, as those of a good size (0) are."""
     sets = config.data.sets
     for field, value, large in (
         ("form", "ring", lambda loss: loss.form in ("dense", "tiled")),
-        ("tile", 512, lambda loss: loss.tile > 512),
+        ("tile", 512, lambda loss: loss.form != "dense" and (loss.tile > 512 or loss.tile == 0)),
     ):
-        changed = [i for i, task in enumerate(sets) if large(task.loss)]
+        changed = [i for i, task in enumerate(sets) if isinstance(task.loss, InBatch) and large(task.loss)]
         if changed:
             loss = {i: dataclasses.replace(sets[i].loss, **{field: value}) for i in changed}
             new = tuple(dataclasses.replace(task, loss=loss.get(i, task.loss)) for i, task in enumerate(sets))

@@ -232,7 +232,7 @@ def compare(case: Case, steps: int, seeds: Sequence[int], dropout: bool, work: p
     from embedjax.load import load
 
     prepared = tasks.prepare([case.task(work)])
-    score = lambda name: tasks.evaluate(load(name), prepared)[tasks.main_metric(case.task(work))]
+    score = lambda name: tasks.evaluate(load(name), prepared)[case.task(work).main_metric]
     apart, ours, theirs = [], [], []
     for seed in seeds:
         rows = case.rows()

@@ -30,6 +30,20 @@ def test_prompts_of_the_sides():
     tower = dataclasses.replace(TOWER, prompts={"query": "q: ", "plain": ""}, default_prompt="plain")
     found = [tower.prompt_for(column) for column in ("query", "anchor", "document", "positive", "negative")]
     assert found == ["query", "query", "plain", "plain", "plain"]
+    prompts = {"query": "", "find-query": "", "find-document": "", "find": "", "ask-query": "", "sts": ""}
+    tower = dataclasses.replace(TOWER, prompts=prompts, lora={"cls": c.Lora()})
+    sides = ("anchor", "query", "positive", "negative_2", "text")
+    named = {name: [tower.prompt_named(name, column) for column in sides] for name in ("find", "ask", "sts", "cls", "")}
+    assert named == {
+        "find": ["find-query"] * 2 + ["find-document"] * 2 + ["find"],
+        "ask": ["ask-query"] * 2 + [None] * 3,
+        "sts": ["sts"] * 5,
+        "cls": [None] * 5,
+        "": [None] * 5,
+    }
+    assert [tower.prompt_for(column, "ask") for column in sides[:3]] == ["ask-query", "ask-query", None]
+    assert [tower.prompt_for(column, "cls") for column in sides[:3]] == ["query", "query", None]
+    assert [name for name in (*named, "fin") if tower.knows(name)] == ["find", "ask", "sts", "cls"]
     assert TOWER.prompt_for("query") is None
 
 
@@ -53,12 +67,31 @@ def test_what_is_left_open_is_resolved():
 
 
 @pytest.mark.parametrize(
+    ("towers", "columns", "told"),
+    [
+        (("text",), {"anchr": "text"}, "model.columns has no column 'anchr'; did you mean 'anchor'"),
+        (("a", "b"), {"query": "a", "positive": "b"}, "has no column 'query'; known: anchor, negative, positive"),
+        (("a", "b"), {"anchor": "a", "positive": "c"}, "gives 'positive' to tower 'c'"),
+        (("a/b",), {}, "tower 'a/b' needs a name of letters"),
+    ],
+)
+def test_names_that_mean_nothing_are_refused(towers, columns, told):
+    with pytest.raises(ConfigError, match=told):
+        c.Model(dict.fromkeys(towers, TOWER), columns)
+
+
+@pytest.mark.parametrize(
     ("towers", "columns", "export", "told"),
     [
         ({"query": TOWER, "document": DOT}, COLUMNS, "none", "similarities differ"),
         ({"query": TOWER, "document": WIDE}, COLUMNS, "none", "have {'document': 32, 'query': 16} numbers"),
         ({"a": TOWER, "b": TOWER}, {"anchor": "a", "positive": "a", "negative": "b"}, "none", "negatives to tower 'b'"),
-        ({"a": TOWER, "b": TOWER}, {"anchor": "a", "positive": "a", "title": "b"}, "hf", "not 'b' too"),
+        (
+            {"query": TOWER, "document": TOWER},
+            {"anchor": "query"},
+            "none",
+            "tower 'document' encodes no column",
+        ),
         ({"query": STATIC, "document": TOWER}, COLUMNS, "hf", "'query' is a static table"),
         ({"text": dataclasses.replace(STATIC, pooling="cls")}, {}, "none", "mean over all tokens"),
         ({"text": dataclasses.replace(STATIC, include_prompt=False)}, {}, "none", "mean over all tokens"),

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from embedjax.config import Data, File, MultipleNegatives, Set
+from embedjax.config import Data, File, Mine, MultipleNegatives, Set
 from embedjax.config.errors import ConfigError, DataError
 from embedjax.data.batches import Abstract, Batches
 from embedjax.data.sources import open_source
@@ -72,6 +72,7 @@ def make(tmp_path):
         config = Data(**{"batch_size": 4, "sets": sets, **(data or {})})
         texts = dict.fromkeys(("anchor", "positive", "negative"), words or Words())
         sources = [open_source(each.source) for each in sets]
+        prompts = prompts and [prompts] * len(sets)
         return Batches(config, sources, texts, prompts, seed=seed, steps=steps, **{"run_folder": tmp_path / "run", **options})
 
     return build
@@ -268,6 +269,19 @@ def test_mixed_rows_are_one_task(make, tmp_path, buckets):
     assert [shown["anchor"][0] for shown in whole.decoded(3, 2)] == [
         f"{k} s{at}" for k, at in zip(whole.order.at(3).rows[:2], whole.order.at(3).sets[:2], strict=True)
     ]
+
+
+def test_rows_with_negatives_and_rows_that_mine_them_are_shown(make, tmp_path):
+    sets = []
+    for at, columns in enumerate(({"anchor": "q", "positive": "a", "negative": "n"}, {"anchor": "q", "positive": "a"})):
+        file = tmp_path / f"set{at}.jsonl"
+        file.write_text("".join(json.dumps(row(k)) + "\n" for k in range(8)))
+        sets.append(Set(File(str(file)), columns, mine=Mine() if at else None, name=f"s{at}"))
+    for order in (sets, sets[::-1]):
+        batches = make(sets=tuple(order), data={"sets": tuple(order), "draw": "rows", "batch_size": 8})
+        columns = {"s0": ["anchor", "positive", "negative"], "s1": ["anchor", "positive"]}
+        wanted = [columns[order[at].name] for at in batches.order.at(0).sets]
+        assert [list(shown) for shown in batches.decoded(0, 8)] == wanted and len(set(map(len, wanted))) == 2
 
 
 def test_mixed_rows_have_arrays_of_one_shape(make, tmp_path):

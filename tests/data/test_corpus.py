@@ -21,7 +21,7 @@ def written(tmp_path):
     return write
 
 
-def test_each_text_is_there_once_in_the_order_of_the_sources(written):
+def test_each_text_is_there_once_in_the_order_of_the_sources(written, caplog):
     rows = [{"title": "A", "text": "one"}, {"text": "two"}, {"title": "A", "text": "one"}, {"text": " "}, "broken", {"text": 3}]
     first, more = written("corpus.jsonl", rows), written("more.jsonl", [{"x": "two"}, {"x": "three"}, {"x": "A one"}])
     told = []
@@ -29,6 +29,8 @@ def test_each_text_is_there_once_in_the_order_of_the_sources(written):
     assert corpus.take(range(len(corpus))) == ["A one", "two", "three"] and corpus[2] == "three"
     assert corpus.find(["three", "A one", "?", "two"]).tolist() == [2, 0, -1, 1] and len(corpus.find([])) == 0
     assert told == [(6, 9), (9, 9)]
+    (warned,) = caplog.messages
+    assert warned == f"{first.name}: 3 of 6 rows have no text in title, text and are passed over"
     with pytest.raises(DataError, match="more.jsonl has no column 'y'"):
         Corpus([(more, ["y"])])
     with pytest.raises(DataError, match="no texts in text"):
@@ -51,7 +53,7 @@ def test_pairs_know_their_positives_and_themselves(written):
     assert pairs.anchor.tolist() == [0, 1, 0, -1, -1, 2, 0] and pairs.positive.tolist() == [2, 3, 0, -1, -1, 2, 2]
     assert pairs.rows.tolist() == [0, 1, 2, 5, 6] and pairs[4] == ("b", "")
     known = pairs.known(corpus)
-    assert known.longest == 2 and known.padded(range(3)).tolist() == [[0, 2], [3, -1], [2, 3]]
+    assert known.sizes.tolist() == [2, 1, 2] and known.padded(range(3)).tolist() == [[0, 2], [3, -1], [2, 3]]
     assert known.padded(range(1, 2)).tolist() == [[3]]
     with pytest.raises(DataError, match="no row has texts in both"):
         Pairs(written("none.jsonl", [{"anchor": "a", "positive": ""}]), "anchor", "positive", corpus)

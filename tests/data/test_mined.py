@@ -26,12 +26,12 @@ def run(tmp_path):
 
     def make(buckets=()):
         mine = Mine(num_negatives=2, every=5, corpus=File(str(corpus)))
-        which = Set(File(str(pairs)), COLUMNS, mine=mine, name="a/b")
+        which = Set(File(str(pairs)), COLUMNS, mine=mine, name="a b")
         source = open_source(which.source)
         mined = Mined(which, source, tmp_path / "run" / "mined")
         data = Data(batch_size=4, sets=(which,), bad_share=0.2, prefetch=2, threads=1, buckets=buckets)
         texts = dict.fromkeys(("anchor", "positive", "negative"), Texts(tokenizer, 8))
-        return Batches(data, [source], texts, seed=0, steps=12, mined={"a/b": mined}), mined
+        return Batches(data, [source], texts, seed=0, steps=12, mined={"a b": mined}), mined
 
     return make
 
@@ -89,6 +89,13 @@ def test_files_of_another_shape_are_refused(run):
     mined.file(0).write_bytes(b"torn")
     with pytest.raises(DataError, match="cannot be read"):
         batches.batch(0)
+
+
+def test_a_column_that_is_not_there_is_one_of_the_set(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"q": "a", "a": "b"}\n')
+    which = Set(File(str(tmp_path / "pairs.jsonl")), {"anchor": "q", "positive": "answer"}, mine=Mine(), name="pairs")
+    with pytest.raises(DataError, match="set 'pairs': .*pairs.jsonl has no column 'answer'"):
+        Mined(which, open_source(which.source), tmp_path)
 
 
 @pytest.mark.parametrize("columns", [{"anchor": "q"}, {**COLUMNS, "negative": "n"}])

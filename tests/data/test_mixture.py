@@ -1,12 +1,15 @@
 """Mixtures: the shares asked for, epochs of each set that are whole, the same draw whenever and wherever it is asked for."""
 
+import collections
+
 import numpy as np
 import pytest
 
 from embedjax.config import Data, MultipleNegatives, Set
 from embedjax.config.errors import ConfigError
+from embedjax.data import mixture
 from embedjax.data.mixture import BLOCK, Batchwise, apportion, deal, make_order
-from embedjax.data.order import Order, Rows
+from embedjax.data.order import Order, Rows, permutation
 
 TABLE = ((8, 8),)
 BUCKETS = ((3, 3), (8, 8))
@@ -45,6 +48,29 @@ def test_runs_that_began_before_mixtures_go_on_with_the_same_rows(data):
     ]  # fmt: skip
 
 
+def test_mixed_rows_stay_those_of_runs_that_began_before():
+    sets = (Set(name="a", weight=3.0), Set(name="b"))
+    data = Data(sets=sets, batch_size=4, draw="rows", mixing="weights")
+    order = make_order(data, [Rows("a", 9), Rows("b", 5)], seed=3, table=TABLE)
+    assert [(draw.sets.tolist(), draw.rows.tolist()) for draw in map(order.at, (0, 1, 5000))] == [
+        ([0, 0, 0, 1], [5, 7, 6, 1]), ([0, 1, 0, 0], [4, 4, 1, 2]), ([1, 0, 0, 0], [4, 2, 1, 7])
+    ]  # fmt: skip
+
+
+def test_an_epoch_of_mixed_rows_is_shuffled_once(monkeypatch):
+    made = collections.Counter()
+
+    def counted(n, *key):
+        made[key] += 1
+        return permutation(n, *key)
+
+    monkeypatch.setattr(mixture, "permutation", counted)
+    order = mixed((40_000, 20_000), draw="rows", weights=(1.0, 1.0))
+    for step in range(0, 8 * 2048, 1024):  # eight blocks of 4096 rows a set
+        order.at(step)
+    assert made == {(1, "s0", 0): 1, (1, "s1", 0): 1, (1, "s1", 1): 1}
+
+
 def test_apportion():
     assert apportion(np.array([3.0, 1]), 8).tolist() == [6, 2]
     assert apportion(np.array([1e-9, 1, 1]), 9).tolist() == [1, 4, 4]
@@ -72,6 +98,7 @@ def test_turns_are_dealt_evenly(shuffle):
         ({"weights": (1.0, 1.0, 2.0)}, [0.25, 0.25, 0.5]),
         ({"temperature": 2.0}, np.sqrt([40, 12, 6]) / np.sqrt([40, 12, 6]).sum()),
         ({"temperature": 1e9}, [1 / 3] * 3),
+        ({"temperature": 1e-3}, [1, 0, 0]),  # 40 ** 1000 is beyond float64
     ],
 )
 @pytest.mark.parametrize("draw", ["batches", "rows"])
@@ -80,7 +107,7 @@ def test_shares_are_those_asked_for(options, shares, draw):
     draws = [order.at(step) for step in range(2000)]
     sets = np.array([[draw.set] * 4 if draw.sets is None else draw.sets for draw in draws])
     for part in (sets[:400], sets):
-        assert np.bincount(part.ravel()) / part.size == pytest.approx(shares, abs=0.01)
+        assert np.bincount(part.ravel(), minlength=3) / part.size == pytest.approx(shares, abs=0.01)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -165,6 +192,7 @@ PAIRS, MORE = {"anchor": "a", "positive": "b"}, {"anchor": "a", "positive": "b",
         ({"draw": "rows", "sets": (Set(columns=PAIRS, name="a"), Set(columns=MORE, name="b"))}, "'a' and 'b' differ in their"),
         ({"draw": "rows", "sets": (Set(name="a"), Set(loss=MultipleNegatives(scale=9.0), name="b"))}, "differ in their loss"),
         ({"draw": "rows", "sets": (Set(name="a"), Set(labels=("x",), name="b"))}, "differ in their labels"),
+        ({"draw": "rows", "sets": (Set(name="a"), Set(adapter="x", name="b"))}, "differ in their adapter"),
     ],
 )  # fmt: skip
 def test_mixtures_that_cannot_be(data, message):

@@ -75,7 +75,7 @@ def make(folder, name):
 )
 def test_random_order_gives_the_rows_of_a_sequential_read(tmp_path, name):
     path = make(tmp_path, name)
-    source = open_file(path)
+    source = open_file(path, quotes=True if ".tsv" in name else None)
     expected = TEXTS if ".csv" in name or ".tsv" in name else ROWS
     assert len(source) == len(ROWS) and source.columns == ("query", "doc", "n") and source.name == str(path)
     for i in random.Random(0).sample(range(len(ROWS)), len(ROWS)):
@@ -88,6 +88,23 @@ def test_random_order_gives_the_rows_of_a_sequential_read(tmp_path, name):
     for outside in (-1, len(ROWS)):
         with pytest.raises(IndexError):
             source[outside]
+
+
+def test_lines_of_a_tsv_are_rows_and_quotes_are_characters(tmp_path):
+    lines = ['5" disk\t"floppy', "x\ty", 'm\tan "n" end"', '"To be" is Hamlet\'s\t"quoted"', '"\t""', 'é "\u2028\t,"']
+    source = open_file(write(tmp_path / "a.tsv", ("a\tb\r\n\n" + "\n\n".join(lines)).encode()))
+    assert [source[i] for i in range(len(source))] == [dict(zip("ab", line.split("\t"), strict=True)) for line in lines]
+    assert [source.where(i)[1] for i in range(3)] == [3, 5, 7]
+    bare = open_file(write(tmp_path / "b.csv", b'a,"b"\n"1,"2"\n'), quotes=False)
+    assert bare.columns == ("a", '"b"') and bare[0] == {"a": '"1', '"b"': '"2"'}
+
+
+def test_quoted_tsv_is_read_where_asked_for(tmp_path):
+    write_table(path := tmp_path / "a.tsv", dialect="excel-tab", newline="\n")
+    source = open_file(path, quotes=True)
+    assert [source[i] for i in range(len(source))] == TEXTS
+    with pytest.raises(BadRow, match=r"1 fields, expected 3 \(query, doc, n\); where quotes hold tabs .*File.quotes"):
+        open_file(path)[0]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -365,6 +382,7 @@ def test_wrong_settings_are_config_errors(tmp_path):
         ("a.dat", {}, "the ending tells no format"),
         ("a.dat", {"format": "csv", "names": ("x", "y", "z")}, "rows have 2 fields, but names gives 3"),
         ("a.csv", {"format": "text", "names": ("x",)}, "names is for TSV and CSV"),
+        ("a.csv", {"format": "text", "quotes": False}, "quotes is for TSV and CSV"),
     ]:
         with pytest.raises(ConfigError, match=words):
             open_file(tmp_path / path, **fields)

@@ -65,10 +65,53 @@ def test_prompts_left_out_of_the_pooling(model, sentences):
 
 
 def test_the_column_chooses_the_tower(two_towers, model, sentences):
-    np.testing.assert_array_equal(encode(two_towers, sentences[:2], column="anchor"), encode(model, sentences[:2]))
-    assert np.abs(encode(two_towers, sentences[:2], column="positive") - encode(model, sentences[:2])).max() > 0.1
+    queries = encode(model, sentences[:2], column="query")
+    for column in ("query", "anchor"):  # a tower of queries alone meets none without their prompt
+        np.testing.assert_array_equal(encode(two_towers, sentences[:2], column=column), queries)
+    plain = encode(model, sentences[:2])
+    np.testing.assert_array_equal(encode(model, sentences[:2], column="anchor"), plain)
+    assert np.abs(queries - plain).max() > 0.1
+    assert np.abs(encode(two_towers, sentences[:2], column="positive") - plain).max() > 0.1
     with pytest.raises(ConfigError, match="text"):
         encode(two_towers, ["w1"])
+    for wrong, told in (("qeury", "no column 'qeury' of texts; did you mean 'query'"), ("label", "known: anchor, document")):
+        with pytest.raises(ConfigError, match=told):
+            encode(model, ["w1"], column=wrong)
+
+
+def prompted(model, **prompts):
+    """The model with these prompts for all its towers."""
+    towers = {name: dataclasses.replace(tower, prompts=prompts) for name, tower in model.config.towers.items()}
+    texts = {name: dataclasses.replace(each, prompts=prompts) for name, each in model.texts.items()}
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, towers=towers), texts=texts)
+
+
+def test_a_task_has_a_prompt_for_each_side(model, two_towers, sentences):
+    prompts = {"query": "w9 ", "find-query": "w1 ", "find-document": "w2 ", "ask-query": "w3 "}
+    made, texts = prompted(model, **prompts), sentences[:2]
+    wanted = lambda prompt: encode(made, texts, prompt=prompt)
+    for column, task, prompt in (
+        ("query", "find", "find-query"),
+        ("anchor", "find", "find-query"),
+        ("document", "find", "find-document"),
+        ("positive", "find", "find-document"),
+        ("query", "ask", "ask-query"),
+        ("document", "ask", None),
+        ("positive", "ask", None),
+        ("anchor", None, None),
+        ("text", "ask-query", "ask-query"),
+    ):
+        np.testing.assert_array_equal(encode(made, texts, column=column, task=task), wanted(prompt), err_msg=f"{column} {task}")
+    with pytest.raises(ConfigError, match="no prompt and no adapter 'find'; known: .*find-query"):
+        encode(made, texts, task="find")  # which side is a text?
+    apart = prompted(two_towers, **prompts)
+    only = dataclasses.replace(apart.config.towers["document"], prompts={})
+    towers = {**apart.config.towers, "document": only}
+    apart = dataclasses.replace(apart, config=dataclasses.replace(apart.config, towers=towers))
+    plain = encode(two_towers, texts, column="document")
+    np.testing.assert_array_equal(encode(apart, texts, column="document", task="find"), plain)
+    with pytest.raises(ConfigError, match="no prompt and no adapter 'fond'; known"):
+        encode(apart, texts, column="document", task="fond")
 
 
 def test_progress_and_blocks(model, sentences, vectors, monkeypatch):

@@ -1,17 +1,21 @@
 """Tasks against slow definitions in numpy, and evaluation data with faults."""
 
 import dataclasses
+import io
 import json
 
+import ir_measures
 import numpy as np
 import pytest
 import scipy.stats
+from ir_measures import AP, RR, R, nDCG
 
 from embedjax.config import File, Retrieval, Sts
 from embedjax.config.errors import ConfigError, DataError
 from embedjax.data.text import Texts
 from embedjax.evaluate.encode import encode
-from embedjax.evaluate.tasks import evaluate, prepare, reading
+from embedjax.evaluate.progress import Stages
+from embedjax.evaluate.tasks import evaluate, prepare, reading, side
 
 
 def write(path, rows):
@@ -91,6 +95,80 @@ def test_retrieval_from_judgements(model, sentences, tmp_path):
     perfect = data.measure(np.array([[n + 2, n + 1] for n in range(4)]))
     assert perfect["ndcg@10"] == perfect["mrr@10"] == perfect["recall@10"] == 1.0
     assert perfect["recall@1"] == 0.5 and found["beir/ndcg@10"] < 1
+
+
+def test_a_corpus_without_titles(sentences, tmp_path):
+    """Where the titles' column is called title it may be missing, in the file or a row; a named one may not."""
+    corpus = [{"_id": f"d{n}", "text": sentences[n]} for n in range(20)]
+    (data,) = prepare([beir(tmp_path, sentences, corpus=corpus)])
+    assert data.documents.texts == sentences[:20]
+    mixed = [*corpus[:10], {**corpus[10], "title": "w1"}, {**corpus[11], "title": None}, *corpus[12:]]
+    (data,) = prepare([beir(tmp_path, sentences, corpus=mixed)])
+    assert data.documents.texts == [*sentences[:10], f"w1 {sentences[10]}", *sentences[11:20]]
+    task = beir(tmp_path, sentences, corpus=corpus)
+    named = dataclasses.replace(task, corpus_columns={"id": "_id", "title": "headline", "text": "text"})
+    with pytest.raises(DataError, match="no column 'headline'"):
+        prepare([named])
+    with pytest.raises(ConfigError, match="'titel', which it does not have; did you mean 'title'"):
+        prepare([dataclasses.replace(task, corpus_columns={"id": "_id", "titel": "text", "text": "text"})])
+
+
+def test_queries_of_the_corpus_do_not_find_themselves(model, sentences, tmp_path):
+    """As BEIR's ignore_identical_ids: the metrics are trec_eval's of the ranking without them."""
+    queries = [{"_id": f"d{n}", "text": sentences[n]} for n in range(10)] + [{"_id": "q", "text": sentences[40]}]
+    judged = [(f"d{n}", f"d{n + 10 * k}", k) for n in range(10) for k in (1, 2)] + [("q", "d3", 1)]
+    alike = [f"w{k} {text}" for k in (7, 8) for text in sentences[:10]]
+    corpus = [{"_id": f"d{n}", "text": text} for n, text in enumerate([*sentences[:10], *alike, *sentences[50:140]])]
+    qrels = [{"query-id": query, "corpus-id": document, "score": gain} for query, document, gain in judged]
+    task = beir(tmp_path, sentences, corpus=corpus, queries=queries, qrels=qrels)
+    (data,) = prepare([dataclasses.replace(task, skip_same_id=True, dims=(8,))])
+    found = evaluate(model, [data])
+    vectors = [encode(model, part.texts, column=part.column) for part in data.sides]
+    measures = {nDCG @ 10: "ndcg@10", RR @ 10: "mrr@10", AP @ 100: "map@100", R @ 1: "recall@1", R @ 100: "recall@100"}
+    said = [ir_measures.Qrel(*row) for row in judged]
+    for label, dim in (("beir", None), ("beir@8", 8)):
+        a, b = (part[:, :dim] / np.linalg.norm(part[:, :dim], axis=1, keepdims=True) for part in vectors)
+        run = [
+            ir_measures.ScoredDoc(query["_id"], f"d{n}", float(score))
+            for query, row in zip(queries, a @ b.T, strict=True)
+            for n, score in enumerate(row)
+            if query["_id"] != f"d{n}"
+        ]
+        for measure, value in ir_measures.calc_aggregate(list(measures), said, run).items():
+            assert found[f"{label}/{measures[measure]}"] == pytest.approx(value, abs=1e-6), measure
+    ranked = data.rank(model)
+    assert ranked.shape == (11, 100) and not (ranked == np.append(np.arange(10), -2)[:, None]).any()
+    everywhere = evaluate(model, [task])
+    assert everywhere["beir/mrr@10"] < found["beir/mrr@10"]
+    few = dataclasses.replace(data, documents=side.Side(sentences[:2], "document"))
+    assert few.rank(model).tolist()[:2] == [[1, -1], [0, -1]] and -1 not in few.rank(model)[2:]
+    some = data.some(np.array([4, 10]))
+    assert some.queries.texts == [sentences[4], sentences[40]] and some.judgements[1] == {3: 1.0}
+    np.testing.assert_array_equal(some.rank(model, k=3), ranked[[4, 10], :3])
+
+
+def test_a_large_side_is_tokenized_each_time(model, sts, monkeypatch):
+    """Beyond the limit nothing is kept, and no more than the tokens of the moment is held; the scores are the same."""
+    task, _ = sts
+    small, large = prepare([task]), prepare([task])
+    wanted = evaluate(model, small)
+    assert all(part.tokens for part in small[0].sides)
+    monkeypatch.setattr(side, "KEPT", 100)
+    assert evaluate(model, large) == evaluate(model, large) == wanted
+    assert not any(part.tokens for part in large[0].sides)
+
+
+def test_progress_of_an_evaluation(model, sts):
+    task, _ = sts
+    told = []
+    evaluate(model, prepare([task]), progress=lambda *said: told.append(said))
+    assert {what for what, _, _ in told} == {"encode tiny"} and {total for _, _, total in told} == {80}
+    done = [rows for _, rows, _ in told]
+    assert done == sorted(done) and done[-1] == 80 and 40 in done
+    out = io.StringIO()
+    with Stages(out) as progress:
+        evaluate(model, prepare([task]), progress=progress)
+    assert out.getvalue().startswith("encode tiny: 80 of 80 (100%), ") and out.getvalue().count("\n") == 1
 
 
 def test_a_run_reads_and_tokenizes_once(model, sts, monkeypatch):

@@ -43,8 +43,19 @@ def test_cross_entropy_is_a_mean_weighted_by_class(weights, smoothing):
     value, metrics = loss(logits)
     np.testing.assert_allclose(value, wanted, rtol=1e-12)
     np.testing.assert_allclose(metrics["weight"], w[labels].sum())
-    assert metrics["accuracy"] == (logits.argmax(1) == labels).mean().astype(np.float32)
+    np.testing.assert_allclose(metrics["accuracy"], (w[labels] * (logits.argmax(1) == labels)).sum() / w[labels].sum())
     assert_gradient(lambda x: loss(x)[0], logits)
+
+
+def test_means_of_parts_by_weight_are_those_of_the_whole():
+    logits, labels, weights = RNG.normal(size=(8, 3)), np.array([0, 1, 2, 2, 1, 0, 2, 2]), (1.0, 0.5, 3.0)
+    logits[np.arange(3), labels[:3]] += 9  # some are right, and they weigh differently
+    compare = lambda rows: classify.cross_entropy(logits[rows], labels[rows], weights=weights)
+    whole, parts = compare(slice(8)), [compare(slice(0, 3)), compare(slice(3, 8))]
+    weigh = lambda x: sum(each[1]["weight"] * x(each) for each in parts) / sum(each[1]["weight"] for each in parts)
+    np.testing.assert_allclose(weigh(lambda each: each[0]), whole[0], rtol=1e-12)
+    np.testing.assert_allclose(weigh(lambda each: each[1]["accuracy"]), whole[1]["accuracy"], rtol=1e-12)
+    assert 0 < whole[1]["accuracy"] < 1
 
 
 @pytest.mark.parametrize("label", [-1, 3])

@@ -1,6 +1,5 @@
-"""Matryoshka prefixes from one product equal the plain sum over prefixes, on 1 to 8 devices."""
+"""Matryoshka prefixes from one product equal the plain sum over prefixes, on 1 to 8 devices; `test_forms.py` has float32."""
 
-import numpy as np
 import pytest
 
 CRITERIA = ("softmax", "symmetric", "joint", "sigmoid")
@@ -22,13 +21,6 @@ def test_five_prefixes(make_pairs, compare, prefixes, criterion, negatives, devi
     comparison = compare(criterion, "ring" if devices > 1 else "tiled", devices, learn_scale=negatives == 1, **prefixes)
     for duplicates in (False, True):
         assert comparison(make_pairs(negatives, duplicates=duplicates)) < 1e-10
-
-
-@pytest.mark.parametrize(("form", "devices"), [("tiled", 1), ("ring", 4)])
-def test_five_prefixes_in_float32(make_pairs, compare, prefixes, form, devices):
-    comparison = compare("symmetric", form, devices, np.float32, learn_scale=True, **prefixes)
-    for duplicates in (False, True):
-        assert comparison(make_pairs(1, duplicates=duplicates)) < 1e-5
 
 
 def test_prefixes_in_any_order_that_leave_the_end_out(make_pairs, compare):

@@ -155,6 +155,16 @@ def test_value_and_gradient(found, name):
     assert value[name] > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["cosine", "euclidean", "manhattan"])
+def test_a_vector_that_is_no_number_makes_the_loss_none(kind):
+    broken = X.copy()
+    broken[3, 2] = np.nan
+    assert np.isnan(pairwise.distance(broken, Y, kind)[3])
+    assert np.isnan(triplet.triplet(broken, Y, C, kind, 1.0))
+    if kind != "manhattan":
+        assert np.isnan(triplet.batch_hard_soft_margin(triplet.distances(jnp.asarray(broken), kind), jnp.asarray(CLASSES)))
+
+
 def test_equal_and_zero_vectors_have_finite_gradients():
     x = np.zeros((4, 3))
     x[2:] = 1.0

@@ -4,10 +4,13 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import tracemalloc
+import types
 
 import jax
 import numpy as np
 import pytest
+import test_processes
 
 from embedjax import runs, sharding
 from embedjax.config import Evaluate, Export, File, Mine, Triplet
@@ -17,6 +20,7 @@ from embedjax.data.sources import open_source
 from embedjax.evaluate.encode import encode
 from embedjax.load import load
 from embedjax.metrics.writers import read_rows
+from embedjax.mine import again
 from embedjax.train import train
 
 
@@ -50,10 +54,14 @@ def losses(folder):
     return [row["loss"] for row in read_rows(folder / "metrics.jsonl")]
 
 
+def mined_in(folder):
+    return {path.name: np.load(path) for path in (folder / "mined").iterdir()}
+
+
 @pytest.mark.slow
 def test_a_run_mines_when_due_and_resumes_exactly(config, tmp_path, monkeypatch, capsys):
     whole = train(config, tmp_path / "whole").folder
-    mined = {path.name: np.load(path) for path in (whole / "mined").iterdir()}
+    mined = mined_in(whole)
     assert sorted(mined) == ["pairs-0.npy", "pairs-4.npy", "pairs-8.npy"] and mined["pairs-0.npy"].shape == (64, 2)
     assert all((mined["pairs-0.npy"] != mined[f"pairs-{step}.npy"]).any() for step in (4, 8))
     assert "step 4: mined " in capsys.readouterr().out
@@ -73,6 +81,46 @@ def test_a_run_mines_when_due_and_resumes_exactly(config, tmp_path, monkeypatch,
         corpus.write('{"t": "new", "u": "one"}\n')
     with pytest.raises(ConfigError, match="data have changed"):
         train(config, whole)
+
+
+@pytest.mark.slow
+def test_two_processes_mine_what_one_mines(tmp_path, pairs_file, monkeypatch):
+    plain = 'name="pairs"),)),'
+    mining = 'name="pairs", mine=Mine(num_negatives=2, every=4, range_max=20, sampling="random")),)),'
+    monkeypatch.setattr(test_processes, "CONFIG", test_processes.CONFIG.replace(plain, mining, 1))
+    folders = tmp_path / "one", tmp_path / "two"
+    for folder, count in zip(folders, (1, 2), strict=True):
+        with test_processes.Run(folder, pairs_file, count, devices=4 // count) as run:
+            assert run.codes() == [0] * count, run.told()
+            assert sum("mined negatives of" in line for index in range(count) for line in run.said(index)) == 3
+    one, two = map(mined_in, folders)
+    assert sorted(one) == sorted(two) == ["pairs-0.npy", "pairs-4.npy", "pairs-8.npy"]
+    for name, numbers in one.items():
+        np.testing.assert_array_equal(numbers, two[name])
+    assert (one["pairs-0.npy"] != one["pairs-8.npy"]).any()
+    np.testing.assert_allclose(*map(losses, folders), rtol=2e-6)
+
+
+def test_vectors_are_in_memory_once(monkeypatch):
+    blocks, given = [np.full((1000, 64), k, np.float32) for k in range(20)], []
+    monkeypatch.setattr(again, "stream", lambda model, texts, *_, **__: (block + 1 for block in blocks[: len(texts) // 1000]))
+    monkeypatch.setattr(again, "negatives", lambda *args, **_: given.append(args[4]) or ())
+    config = types.SimpleNamespace(tower_of=lambda column: "text", similarity="cosine")
+    model = types.SimpleNamespace(config=config, embedders={"text": types.SimpleNamespace(width=64)})
+    pairs = types.SimpleNamespace(anchors=range(1000), anchor=np.zeros(1, int), known=lambda corpus: None)
+    tracemalloc.start()
+    again.mine(types.SimpleNamespace(pairs=pairs, corpus=range(20_000), how=Mine(), prompt=""), model, 0, seed=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(given[0][:, 5], np.repeat(np.arange(1, 21), 1000))
+    assert peak < 1.3 * given[0].nbytes
+
+
+def test_a_margin_beyond_all_cosines_is_refused_before_the_first_step(config, tmp_path):
+    (pairs,) = config.data.sets
+    sets = (dataclasses.replace(pairs, mine=Mine(margin=95)),)
+    with pytest.raises(ConfigError, match='Mine.margin is 95.*margin_kind "percentage"'):
+        train(dataclasses.replace(config, data=dataclasses.replace(config.data, sets=sets)), tmp_path / "run")
 
 
 def test_what_is_mined_is_near_and_no_positive(config, tmp_path):

@@ -32,7 +32,7 @@ def plain(how, numbers, scores, known, positive):
                 None: True,
                 "absolute": score <= own - (how.margin or 0),
                 "relative": score <= own - abs(own) * (how.margin or 0),
-                "percentage": score <= own * (how.margin or 0) / 100,
+                "percentage": score <= own - abs(own) * (1 - (how.margin or 0) / 100),
             }[how.margin_kind if how.margin is not None else None]
             if margin and score <= (np.inf if how.max_score is None else how.max_score):
                 left += [number] if how.min_score is None or score >= how.min_score else []
@@ -94,8 +94,16 @@ def test_random_choices_depend_on_anchor_and_document_alone(ranked):
 def test_relative_margins_lower_the_limit_of_any_positive():
     positive = np.array([0.8, -0.2], np.float32)
     assert highest(Negatives(margin=0.1, margin_kind="relative"), positive) == pytest.approx([0.72, -0.22])
-    assert highest(Negatives(margin=90, margin_kind="percentage"), positive) == pytest.approx([0.72, -0.18])
+    assert highest(Negatives(margin=90, margin_kind="percentage"), positive) == pytest.approx([0.72, -0.22])
     assert highest(Negatives(margin=0.1, max_score=0.5), positive) == pytest.approx([0.5, -0.3])
+
+
+def test_a_margin_beyond_all_cosines_is_told_what_it_may_have_meant():
+    with pytest.raises(ConfigError, match='Mine.margin is 95.*margin_kind "percentage"'):
+        Mine(margin=95).check("cosine")
+    for how, similarity in ((Negatives(margin=95), "dot"), (Negatives(margin=2), "cosine"), (Negatives(), "cosine")):
+        how.check(similarity)
+    Negatives(margin=95, margin_kind="percentage").check("cosine")
 
 
 def test_filled_takes_what_is_left():
@@ -130,6 +138,10 @@ def test_mixed_is_splitmix64():
         ({"range_min": 5, "range_max": 7, "num_negatives": 3}, "no room for 3"),
         ({"max_score": float("nan")}, "max_score is nan"),
         ({"margin": 120.0, "margin_kind": "percentage"}, "at most 100"),
+        ({"margin": 95.0, "margin_kind": "relative"}, "margin is 95.0; as a share"),
+        ({"margin": 1.0, "margin_kind": "relative"}, "below 1"),
+        ({"margin": -0.1, "margin_kind": "relative"}, "at least 0"),
+        ({"margin_kind": "percentage"}, 'margin_kind is "percentage" but no margin'),
     ],
 )
 def test_settings_that_cannot_be(options, message):

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from embedjax import optim, sharding
-from embedjax.config import Dense, Mesh, Static, Tower
+from embedjax import build, optim, sharding
+from embedjax.config import Config, Data, Dense, Mesh, Model, Set, Static, Tower
 from embedjax.config.errors import ConfigError
 from embedjax.data.text import save_tokenizer, save_truncating, train_wordpiece
 from embedjax.load import make_texts, resolve_tower
 from embedjax.models.embedder import build_embedder
+from embedjax.models.families.static import LONGEST
 from embedjax.models.folders import read_params, read_tower
 from embedjax.models.written import write_hf, write_sentence_transformers
 
@@ -70,7 +71,8 @@ def test_a_folder_comes_back_whole(texts, params, tmp_path):
 
 
 def test_tables_of_model2vec(texts, params, tmp_path):
-    """Fewer rows than tokens, with a factor for each token; a tokenizer without a limit has model2vec's."""
+    """Fewer rows than tokens, with a factor for each token; a tokenizer without a limit has model2vec's, while a table that
+    sentence-transformers wrote has none."""
     folder = write_sentence_transformers(tmp_path / "m", TOWER, params, write_tokenizer=write_tokenizer(texts))
     rows, mapping = np.arange(24, dtype=np.float32).reshape(3, 8), np.arange(64) % 3
     factors = np.linspace(0, 1, 64).astype(np.float32)
@@ -80,6 +82,14 @@ def test_tables_of_model2vec(texts, params, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(kept))
     read = read_tower(folder)
     assert (read.arch, read.max_length) == (Static(64, 8), 512)
+    long = write_sentence_transformers(tmp_path / "long", TOWER, params, write_tokenizer=lambda folder: None)
+    (long / "tokenizer.json").write_text(json.dumps(kept))
+    unlimited = read_tower(long)
+    assert unlimited.max_length == LONGEST and make_texts(unlimited, long).encode(["cat " * 600])["mask"].sum() == 600
+    sets = (Set(columns={"anchor": "a", "positive": "b"}),)
+    with pytest.raises(ConfigError, match="'text' takes texts of any length, .* set its max_length"):
+        build.resolve(Config(model=Model({"text": Tower(init=str(long))}), data=Data(sets=sets)))
+    build.resolve(Config(model=Model({"text": Tower(init=str(long), max_length=32)}), data=Data(sets=sets)))
     found = read_params(folder, read)["encoder"]["tokens"]["embedding"]
     np.testing.assert_allclose(found, rows[mapping] * factors[:, None])
 

@@ -12,7 +12,7 @@ import pytest
 from embedjax import optim, sharding
 from embedjax.config import VITS, Augment, Dense, ImageTower, Lora, Mesh, Model, Pixels, Vit
 from embedjax.config.errors import ConfigError
-from embedjax.models import lora, weights
+from embedjax.models import lora, ops, weights
 from embedjax.models.augment import jitter, uniform
 from embedjax.models.embedder import build_embedder
 from embedjax.models.families import vit
@@ -232,7 +232,9 @@ def test_what_stands_before_the_patches():
         close(embedder.pool(params, jnp.asarray(tokens), {}), out.pooled)
 
 
-def test_attention_pooling_by_hand():
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_attention_pooling_by_hand(backend, monkeypatch):
+    monkeypatch.setattr(ops, "on_cpu", lambda: backend == "cpu")
     arch = dataclasses.replace(FORMS["map"], registers=0)
     encoder = jax.device_get(init(ImageEmbedder(arch)))["encoder"]
     encoder = jax.tree.map(lambda x: x + 0.1 * RNG.normal(size=x.shape).astype(np.float32), encoder)

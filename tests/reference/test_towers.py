@@ -81,6 +81,7 @@ def test_a_router_is_read_by_sentence_transformers(tokenizer, towers, tmp_path):
     same(documents, peer.encode_document(TEXTS))
     products = queries @ documents.T  # the vectors of cosine towers have length 1
     same(products, peer.similarity(peer.encode_query(TEXTS), peer.encode_document(TEXTS)).numpy())
+    same(documents, peer.encode(TEXTS))  # its default route, and what it puts before a text when not asked
     for role, vectors in (("query", queries), ("document", documents)):
         alone = st.SentenceTransformer(str(tmp_path / "out" / role), device="cpu")
         same(vectors, getattr(alone, f"encode_{role}")(TEXTS))
@@ -109,6 +110,14 @@ def test_prompts_of_one_tower_are_those_of_queries_and_documents(tokenizer, tmp_
     tower = c.Tower(arch=BERT, max_length=16, prompts={"query": "find: ", "document": "house: "}, include_prompt=False)
     made = model(tokenizer, text=tower)
     export(made, tmp_path / "out")
+    assert safetensors.numpy.load_file(tmp_path / "out" / "parity.safetensors").keys() == {"vectors", "query", "document"}
+    assert gate.check(tmp_path / "out")["sentence-transformers"] < 1e-5
+    settings = tmp_path / "out" / "config_sentence_transformers.json"
+    kept = settings.read_text()
+    settings.write_text(kept.replace("find: ", "bird "))
+    for difference in gate.check(tmp_path / "out").values():
+        assert difference > 1e-3, "a prompt that was lost is seen"
+    settings.write_text(kept)
     peer = st.SentenceTransformer(str(tmp_path / "out"), device="cpu")
     same(encode(made, TEXTS, column="query"), peer.encode_query(TEXTS))
     same(encode(made, TEXTS, column="document"), peer.encode_document(TEXTS))
@@ -130,8 +139,11 @@ def test_static_tables_both_ways(tokenizer, tmp_path):
     )
     peer.save(str(tmp_path / "theirs"), create_model_card=False)
     read = load(tmp_path / "theirs")
-    assert read.config.towers["text"].max_length == 512 and not read.config.towers["text"].normalize
-    same(encode(read, TEXTS), peer.encode(TEXTS))
+    assert not read.config.towers["text"].normalize
+    long = [*TEXTS, "cat " * 600 + "dog " * 600]  # which nothing cuts
+    same(encode(read, long), peer.encode(long))
+    export(read, tmp_path / "again")
+    same(encode(load(tmp_path / "again"), long), st.SentenceTransformer(str(tmp_path / "again"), device="cpu").encode(long))
 
     file = tmp_path / "theirs" / "model.safetensors"
     mapping = np.random.default_rng(1).integers(0, 40, 160)

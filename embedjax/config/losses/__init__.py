@@ -8,7 +8,7 @@ from embedjax.config.losses.compose import GlobalOrthogonal
 from embedjax.config.losses.distill import Distillation, KlDistillation, MarginMse, Taught, VectorDistillation
 from embedjax.config.losses.inbatch import InBatch, MultipleNegatives, Siglip
 from embedjax.config.losses.pairwise import AnglE, Contrastive, CoSent, CosineRegression, OnlineContrastive, Pairwise
-from embedjax.config.losses.pooled import Layers, Pooled
+from embedjax.config.losses.pooled import Layers, Pooled, require_numbers
 from embedjax.config.losses.tokens import DenoisingAutoEncoder, MaskedLanguage
 from embedjax.config.losses.triplet import (
     BatchAll,
@@ -74,11 +74,17 @@ class Sum(Pooled):
             raise ConfigError("Sum.losses is empty; name at least one loss")
         if self.weights and len(self.weights) != len(self.losses):
             raise ConfigError(f"Sum.weights has {len(self.weights)} numbers for {len(self.losses)} losses")
+        require_numbers(self, "weights")
         for loss in self.losses:
             if loss.layers:
                 raise ConfigError(f"Sum.losses: {type(loss).__name__} has layers of its own; set them on the Sum")
             if loss.matryoshka and self.matryoshka:
                 raise ConfigError(f"Sum.matryoshka is set, and that of its {type(loss).__name__} too; set one of them")
+        if sum(isinstance(loss, ClassHead) for loss in self.losses) > 1:
+            raise ConfigError("Sum.losses: one loss with a class head at most; give the others sets of their own")
+        counts = {type(loss).__name__: count for loss in self.losses if (count := getattr(loss, "classes", 0))}
+        if len(set(counts.values())) > 1:
+            raise ConfigError(f"Sum.losses read one label, but tell different numbers of classes apart: {counts}")
 
     @property
     def needs(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -87,6 +93,16 @@ class Sum(Pooled):
     @property
     def takes(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return tuple(dict.fromkeys(name for loss in self.losses for name in loss.takes))
+
+    @property
+    def classes(self) -> int:
+        """How many classes a label is one of; 0 where no loss says."""
+        return max(getattr(loss, "classes", 0) for loss in self.losses)
+
+    @property
+    def several_labels(self) -> bool:
+        """Whether rows have lists of labels."""
+        return any(getattr(loss, "several_labels", False) for loss in self.losses)
 
 
 Loss = Single | Sum | MaskedLanguage | DenoisingAutoEncoder

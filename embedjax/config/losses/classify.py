@@ -16,8 +16,6 @@ class ClassHead(Pooled):
 
     needs: ClassVar[tuple[str, ...]] = ("anchor", "label")
 
-    needs: ClassVar[tuple[str, ...]] = ("anchor", "label")
-
     classes: int = 0
     """How many classes; 0 for as many as the set's `labels` names."""
     criterion: Literal["softmax", "sigmoid"] = "softmax"
@@ -54,8 +52,6 @@ class Classify(ClassHead):
 class ClassifyPair(ClassHead):
     """The class of a pair of texts, from (u, v, |u - v|): SBERT's objective for inference data (Reimers & Gurevych 2019,
     section 3). Columns: anchor, positive (the other text) and label."""
-
-    needs: ClassVar[tuple[str, ...]] = ("anchor", "positive", "label")
 
     needs: ClassVar[tuple[str, ...]] = ("anchor", "positive", "label")
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 from embedjax.config.errors import ConfigError
-from embedjax.config.losses.pooled import Pooled
+from embedjax.config.losses.pooled import Pooled, require_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,6 @@ class GlobalOrthogonal(Pooled):
 
     def __post_init__(self):
         super().__post_init__()
-        if min(self.mean_weight, self.second_moment_weight) < 0 or not self.mean_weight + self.second_moment_weight:
-            raise ConfigError(
-                f"GlobalOrthogonal weights are {self.mean_weight} and {self.second_moment_weight}; at least 0, and not both 0"
-            )
+        require_numbers(self, "mean_weight", "second_moment_weight")
+        if not self.mean_weight + self.second_moment_weight:
+            raise ConfigError("GlobalOrthogonal.mean_weight is 0 and second_moment_weight too; they may not both be 0")

@@ -1,10 +1,11 @@
 """In-batch losses: every anchor against all documents of the global batch."""
 
 import dataclasses
+import math
 from typing import ClassVar, Literal
 
 from embedjax.config.errors import ConfigError
-from embedjax.config.losses.pooled import Pooled
+from embedjax.config.losses.pooled import Pooled, require_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,7 @@ class InBatch(Pooled):
     scale: float | None = None
     """Factor on the similarity, at most 100: 1 / temperature. None is 20 on cosines, 1 on dot products."""
     learn_scale: bool = False
-    """Train the logarithm of the scale, held in [0, ln 100]."""
+    """Train the logarithm of the scale, held in [0, ln 100]; one scale, shared by all sets that learn it."""
     mask_duplicates: bool = True
     """Do not count a text equal to the positive or the anchor, or the positive of an equal anchor, as a negative."""
     guide: str = ""
@@ -36,10 +37,11 @@ class InBatch(Pooled):
         name = type(self).__name__
         if self.scale is not None and not 0 < self.scale <= 100:
             raise ConfigError(f"{name}.scale is {self.scale}; it must be above 0 and at most 100")
+        if self.learn_scale and self.scale is not None and self.scale < 1:
+            raise ConfigError(f"{name}.scale is {self.scale}; one that is learned must be at least 1")
         if self.tile < 0:
             raise ConfigError(f"{name}.tile is {self.tile}; it must be at least 0")
-        if self.guide_margin < 0:
-            raise ConfigError(f"{name}.guide_margin is {self.guide_margin}; it must be at least 0")
+        require_numbers(self, "guide_margin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +74,13 @@ class Siglip(InBatch):
     scale: float | None = 10.0
     """Factor on the similarity, at most 100."""
     learn_scale: bool = True
-    """Train the logarithm of the scale, held in [0, ln 100]."""
+    """Train the logarithm of the scale, held in [0, ln 100]; one scale, shared by all sets that learn it."""
     bias: float = -10.0
     """Added to every score: at first nearly all pairs are negatives."""
     learn_bias: bool = True
-    """Train the bias."""
+    """Train the bias; one bias, shared by all sets that learn it."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not math.isfinite(self.bias):
+            raise ConfigError(f"Siglip.bias is {self.bias}; it must be finite")

@@ -1,9 +1,18 @@
 """What every loss of one vector a text has: Matryoshka prefixes, and losses at the outputs of earlier layers."""
 
 import dataclasses
-from typing import ClassVar, Literal
+import math
+from typing import Any, ClassVar, Literal
 
 from embedjax.config.errors import ConfigError
+
+
+def require_numbers(config: Any, *names: str) -> None:
+    """Raises ConfigError for a field, a number or several, that is below 0 or not finite."""
+    for name in names:
+        value = getattr(config, name)
+        if not all(0 <= each < math.inf for each in (value if isinstance(value, tuple) else (value,))):
+            raise ConfigError(f"{type(config).__name__}.{name} is {value}; it must be finite and at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +34,7 @@ class Layers:
     """Temperature of the softmax over a vector's numbers; 0 leaves the divergence out."""
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name != "weighting" and value < 0:
-                raise ConfigError(f"Layers.{field.name} is {value}; it must be at least 0")
+        require_numbers(self, *(field.name for field in dataclasses.fields(self) if field.name != "weighting"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,5 +61,6 @@ class Pooled:
             raise ConfigError(
                 f"{name}.matryoshka_weights has {len(self.matryoshka_weights)} numbers for {len(self.matryoshka)} prefixes"
             )
+        require_numbers(self, "matryoshka_weights")
         if not 0 <= self.dims_per_step <= len(self.matryoshka):
             raise ConfigError(f"{name}.dims_per_step is {self.dims_per_step} of {len(self.matryoshka)} prefixes")

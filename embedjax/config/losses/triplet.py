@@ -1,10 +1,11 @@
-"""Losses of triplets, given or found in the global batch."""
+"""Losses of triplets, given or found in the global batch. Their distances are their own, also for towers whose similarity is
+"dot"."""
 
 import dataclasses
 from typing import ClassVar, Literal
 
 from embedjax.config.losses.pairwise import Distance
-from embedjax.config.losses.pooled import Pooled
+from embedjax.config.losses.pooled import Pooled, require_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,11 @@ class Triplet(Pooled):
     distance: Distance = "euclidean"
     """1 - cosine, or the Euclidean or Manhattan distance."""
     margin: float = 5.0
-    """How much closer."""
+    """How much closer. Vectors of length 1 are at most 2 apart: with sentence-transformers' 5 their hinge never closes."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_numbers(self, "margin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,19 +35,26 @@ class Mined(Pooled):
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchAll(Mined):
-    """Every triplet of the batch; the mean over those that cost something."""
+class WithMargin(Mined):
+    """And those of them that have a margin."""
 
     margin: float = 5.0
-    """How much closer texts of one label are to be than others."""
+    """How much closer texts of one label are to be than others. Vectors of length 1 are at most 2 apart: with
+    sentence-transformers' 5 their hinge never closes."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_numbers(self, "margin")
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchHard(Mined):
-    """For each text the furthest of its label and the closest of another."""
+class BatchAll(WithMargin):
+    """Every triplet of the batch; the mean over those that cost something."""
 
-    margin: float = 5.0
-    """How much closer texts of one label are to be than others."""
+
+@dataclasses.dataclass(frozen=True)
+class BatchHard(WithMargin):
+    """For each text the furthest of its label and the closest of another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +63,9 @@ class BatchHardSoftMargin(Mined):
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchSemiHard(Mined):
+class BatchSemiHard(WithMargin):
     """For each two texts of one label the closest of another that is further away, or the furthest if none is (Schroff et al.
     2015, section 3.2)."""
-
-    margin: float = 5.0
-    """How much closer texts of one label are to be than others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +77,10 @@ class MegaBatchMargin(Pooled):
     """Cosine above which a positive costs nothing."""
     negative_margin: float = 0.3
     """Cosine below which a negative costs nothing."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_numbers(self, "positive_margin", "negative_margin")
 
 
 Triplets = Triplet | BatchAll | BatchHard | BatchHardSoftMargin | BatchSemiHard | MegaBatchMargin

@@ -1,5 +1,6 @@
 """Evaluation tasks -> metrics of a model. Reads its data once, encodes each text once for all prefixes, trains nothing."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,6 +10,7 @@ from embedjax import config
 from embedjax.config import Similarity, Task
 from embedjax.config.errors import ConfigError
 from embedjax.evaluate.tasks import bitext, classification, clustering, heads, pairs, reranking, retrieval, sts
+from embedjax.evaluate.tasks.heads import HeadData
 from embedjax.evaluate.tasks.retrieval import DEPTH, RetrievalData
 from embedjax.evaluate.tasks.side import Side, Vectors
 from embedjax.load import Model
@@ -45,9 +47,16 @@ READERS: dict[type, Callable[[Any], TaskData]] = {
 }
 
 
-def evaluate(model: Model, tasks: Sequence[Task | TaskData], *, mesh: DeviceMesh | None = None) -> dict[str, float]:
+def evaluate(
+    model: Model,
+    tasks: Sequence[Task | TaskData],
+    *,
+    mesh: DeviceMesh | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, float]:
     """{"NAME/METRIC": value} of all tasks, and {"NAME@64/METRIC": value} of the first 64 numbers where a task's `dims` ask for
-    them. A training run calls `prepare` once and passes what it gives.
+    them. A training run calls `prepare` once and passes what it gives. `progress(what, done, total)` is called as texts are
+    encoded.
 
     Raises DataError for data that cannot be used, ConfigError for dims beyond the model's, NonFiniteError for a model whose
     vectors are not finite.
@@ -55,12 +64,24 @@ def evaluate(model: Model, tasks: Sequence[Task | TaskData], *, mesh: DeviceMesh
     found: dict[str, float] = {}
     for task in tasks:
         data = task if isinstance(task, TaskData) else read(task)
-        data = data.of(model) if isinstance(data, heads.HeadData) else data
-        whole = [side.vectors(model, mesh, data.task.prompt) for side in data.sides]
+        data = data.of(model.heads, model.origin, model.config) if isinstance(data, HeadData) else data
+        whole = _encoded(data, model, mesh, progress)
         for label, dim in zip(data.task.labels, (None, *data.task.dims), strict=True):
             vectors = [side.prefix(model, part, dim) if dim else part for side, part in zip(data.sides, whole, strict=True)]
             scores = data.scores(vectors, model.config.similarity, mesh)
             found.update({f"{label}/{metric}": value for metric, value in scores.items()})
+    return found
+
+
+def _encoded(
+    data: TaskData, model: Model, mesh: DeviceMesh | None, progress: Callable[[str, int, int], None] | None
+) -> list[Vectors]:
+    """The vectors of each side; the progress is that of all of them."""
+    total, before, found = sum(len(side.texts) for side in data.sides), 0, []
+    told = lambda before, done: progress(f"encode {data.task.name}", before + done, total) if progress else None
+    for side in data.sides:
+        found.append(side.vectors(model, mesh, data.task.prompt, functools.partial(told, before)))
+        before += len(side.texts)
     return found
 
 

@@ -1,18 +1,19 @@
 """Classification by a class head that the model brings along."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jax.sharding import Mesh as DeviceMesh
 
-from embedjax.config import HeadAccuracy, Similarity
+from embedjax.config import HeadAccuracy, Model, Similarity
 from embedjax.config.errors import ConfigError, DataError, nearest
+from embedjax.evaluate.encode import asked
 from embedjax.evaluate.rows import label_at
 from embedjax.evaluate.tasks.classification import measured
 from embedjax.evaluate.tasks.reading import opened, rows_of, texts_in
 from embedjax.evaluate.tasks.side import Side, Vectors
-from embedjax.load import Model
+from embedjax.models import lora
 from embedjax.models.classifier import Head
 
 
@@ -25,27 +26,24 @@ class HeadData:
     labels: Sequence[Sequence[str]]
     head: Head | None = None
 
-    def of(self, model: Model) -> "HeadData":
-        """With the model's head. Raises ConfigError for a model without, or with several and none named."""
-        heads, name = model.heads, self.task.head
-        if not heads:
-            raise ConfigError(f"{model.origin} has no class head; train one with the losses Classify or ClassifyPair")
-        if name and name not in heads:
-            raise ConfigError(f"{model.origin} has no class head {name!r}; {nearest(name, heads)}")
-        if not name and len(heads) > 1:
-            raise ConfigError(f"{model.origin} has the class heads {sorted(heads)}; say which in the task's `head`")
-        return dataclasses.replace(self, head=heads[name or next(iter(heads))])
+    def of(self, heads: Mapping[str, Head], origin: str, model: Model) -> "HeadData":
+        """With the head that the task means, trained or not yet. Raises ConfigError as `head_of` does, DataError for labels
+        that the head does not know."""
+        head = head_of(self.task, heads, origin, model)
+        if odd := sorted({label for row in self.labels for label in row} - set(head.labels)):
+            raise DataError(f"task {self.task.name!r}: the head knows no label {odd[0]!r}; {nearest(odd[0], head.labels)}")
+        several = [row for row in self.labels if len(row) != 1]
+        if several and head.criterion == "softmax":
+            raise DataError(f"task {self.task.name!r}: the head gives one label a row; a row has {list(several[0])}")
+        return dataclasses.replace(self, head=head)
 
     def scores(self, vectors: Sequence[Vectors], similarity: Similarity, mesh: DeviceMesh | None) -> dict[str, float]:
-        """Accuracy and macro F1; of a head for several labels a row both are over all its yes and no."""
+        """Accuracy and macro F1. Of a head for several labels a row, accuracy is the share of all its yes and no that are
+        right, and F1 the mean of the labels' F1."""
         assert self.head is not None
         names = {label: number for number, label in enumerate(self.head.labels)}
-        if odd := sorted({label for row in self.labels for label in row} - names.keys()):
-            raise DataError(f"task {self.task.name!r}: the head knows no label {odd[0]!r}; {nearest(odd[0], names)}")
         found = self.head.predict(*vectors)
         if self.head.criterion == "softmax":
-            if several := [row for row in self.labels if len(row) != 1]:
-                raise DataError(f"task {self.task.name!r}: the head gives one label a row; a row has {list(several[0])}")
             return measured(np.array([names[row[0]] for row in self.labels], np.int32), found)
         wanted = np.zeros(found.shape, np.int32)
         for row, labels in zip(wanted, self.labels, strict=True):
@@ -53,9 +51,33 @@ class HeadData:
         return measured(wanted, found)
 
 
+def head_of(task: HeadAccuracy, heads: Mapping[str, Head], origin: str, model: Model) -> Head:
+    """The head that a task means. Raises ConfigError for a model without, or with several and none named, for an unknown name,
+    for a head of pairs and single texts or the other way round, and for texts under another adapter than the head's."""
+    name = task.head
+    if not heads:
+        raise ConfigError(f"{origin} has no class head; train one with the losses Classify or ClassifyPair")
+    if name and name not in heads:
+        raise ConfigError(f"{origin} has no class head {name!r}; {nearest(name, heads)}")
+    if not name and len(heads) > 1:
+        raise ConfigError(f"{origin} has the class heads {sorted(heads)}; say which in the task's `head`, or with --head")
+    head = heads[name or next(iter(heads))]
+    if head.pair != ("other" in task.columns):
+        what = "pairs of texts; the second is the column `other`" if head.pair else "single texts; leave out the column `other`"
+        raise ConfigError(f"task {task.name!r}: the class head reads {what}")
+    for column in task.sides:
+        used = lora.chosen(model.towers[model.tower_of(column)].lora, asked(model, column, task=task.prompt or None)[1])
+        if used and head.adapter and used != head.adapter:
+            raise ConfigError(
+                f"task {task.name!r}: the class head was trained on the adapter {head.adapter!r}, but texts are encoded with "
+                f"{used!r}; name the adapter in the task's prompt, or with --prompt"
+            )
+    return head
+
+
 def read(task: HeadAccuracy) -> HeadData:
     """Texts get the prompts of the columns they were trained in: that of queries, the second of a pair that of documents."""
-    source, roles = opened(task, ("text", "label")), {"text": "query", "other": "document"}
+    source, roles = opened(task, ("text", "label"), optional=("other",)), {"text": "query", "other": "document"}
     sides = tuple(Side(texts_in(task, source, name), role) for name, role in roles.items() if name in task.columns)
     column, labels = task.columns["label"], []
     for row in rows_of(task, source):

@@ -7,21 +7,25 @@ from jaxtyping import Int
 
 from embedjax.config import Source as SourceConfig
 from embedjax.config import Task
-from embedjax.config.errors import ConfigError
+from embedjax.config.errors import ConfigError, nearest
 from embedjax.data.sources import Source, open_source, select
 from embedjax.evaluate.rows import label_at, text_at
 
 
-def opened(task: Task, needed: Sequence[str], source: SourceConfig | None = None) -> Source:
-    """A task's source (or another of its sources), which has all columns that the task names. Raises ConfigError, DataError."""
-    require(task, task.columns, needed)
+def opened(task: Task, needed: Sequence[str], source: SourceConfig | None = None, *, optional: Sequence[str] = ()) -> Source:
+    """A task's source (or another of its sources), which has all columns that the task names: those needed, and of the optional
+    ones any. Raises ConfigError, DataError."""
+    require(task, task.columns, needed, optional)
     found = open_source(source or task.source)
     select(found, task.columns, f"task {task.name!r}")
     return found
 
 
-def require(task: Task, columns: Mapping[str, str], needed: Sequence[str]) -> None:
-    """Raises ConfigError for a column that a task needs and does not name."""
+def require(task: Task, columns: Mapping[str, str], needed: Sequence[str], optional: Sequence[str] = ()) -> None:
+    """Raises ConfigError for a column that a task names and has no use for, or needs and does not name."""
+    known = [*needed, *optional]
+    if odd := [name for name in columns if name not in known]:
+        raise ConfigError(f"task {task.name!r} names a column for {odd[0]!r}, which it does not have; {nearest(odd[0], known)}")
     if missing := [name for name in needed if name not in columns]:
         raise ConfigError(f"task {task.name!r} names no column for {missing[0]}; its columns are {dict(columns)}")
 

@@ -1,6 +1,7 @@
 """Reranking: the order of each query's own candidates, some of which are right."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -41,7 +42,8 @@ class RerankingData:
 
 def read(task: Reranking) -> RerankingData:
     """Queries with right candidates only, or wrong ones only, tell nothing and are left out, as sentence-transformers does."""
-    source = opened(task, ("query", "positive", "negative"))
+    more = [name for name in task.columns if re.fullmatch(r"(positive|negative)(_\d+)?", name)]
+    source = opened(task, ("query", "positive", "negative"), optional=more)
     kinds = {name: name.partition("_")[0] == "positive" for name in task.columns if name != "query"}
     queries: dict[str, dict[str, bool]] = {}
     for row in rows_of(task, source):

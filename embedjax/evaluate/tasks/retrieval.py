@@ -20,6 +20,9 @@ from embedjax.load import Model
 # Ranks that the metrics look at.
 DEPTH = 100
 
+# The column of titles that a file need not have: BEIR's files have it, others often not.
+TITLE = ("title", "title")
+
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalData:
@@ -29,19 +32,38 @@ class RetrievalData:
     queries: Side
     documents: Side
     judgements: Sequence[Mapping[int, float]]
+    own: Int[np.ndarray, " Q"] | None = None
+    """The row number of each query's own document (-1 for none), if that is not to be found."""
 
     @property
     def sides(self) -> tuple[Side, Side]:
         return self.queries, self.documents
 
-    def rank(self, model: Model, mesh: DeviceMesh | None = None, k: int = DEPTH) -> Int[np.ndarray, "Q k"]:
-        """Row numbers of each query's min(k, N) nearest documents, nearest first."""
-        vectors = [side.vectors(model, mesh, self.task.prompt) for side in self.sides]
-        return nearest(vectors, model.config.similarity, mesh, k)
+    def some(self, queries: Int[np.ndarray, " q"]) -> "RetrievalData":
+        """The same documents, and only the queries of these numbers."""
+        texts = Side([self.queries.texts[query] for query in queries], self.queries.column)
+        own = None if self.own is None else self.own[queries]
+        return dataclasses.replace(self, queries=texts, judgements=[self.judgements[query] for query in queries], own=own)
 
-    def measure(self, ranked: Int[np.ndarray, "Q k"]) -> dict[str, float]:
-        """The metrics of any ranking of these documents, such as `rank`'s or BM25's; means over the queries."""
-        gains, ideal = scores.gains_of(ranked, self.judgements), scores.ideal_gains(self.judgements)
+    def depth(self, k: int = DEPTH) -> int:
+        """How many documents have to be found for k to be left by `others`."""
+        return k if self.own is None else k + 1
+
+    def others(self, ranked: Int[np.ndarray, "Q n"], k: int = DEPTH) -> Int[np.ndarray, "Q k"]:
+        """The first k of a ranking, each query's own document left out if the task says so; -1 where there is none."""
+        if self.own is not None:
+            ranked = np.where(ranked == self.own[:, None], -1, ranked)
+            ranked = np.take_along_axis(ranked, np.argsort(ranked < 0, axis=1, kind="stable"), axis=1)
+        return ranked[:, :k]
+
+    def rank(self, model: Model, mesh: DeviceMesh | None = None, k: int = DEPTH) -> Int[np.ndarray, "Q k"]:
+        """Row numbers of each query's min(k, N) nearest documents, nearest first; -1 where there is none."""
+        vectors = [side.vectors(model, mesh, self.task.prompt) for side in self.sides]
+        return self.others(nearest(vectors, model.config.similarity, mesh, self.depth(k)), k)
+
+    def measure(self, ranked: Int[np.ndarray, "Q n"]) -> dict[str, float]:
+        """The metrics of any ranking of these documents, `depth()` of them, such as BM25's; means over the queries."""
+        gains, ideal = scores.gains_of(self.others(ranked), self.judgements), scores.ideal_gains(self.judgements)
         found = {
             "ndcg@10": scores.ndcg_at(gains, ideal, 10),
             "mrr@10": scores.mrr_at(gains, 10),
@@ -54,7 +76,7 @@ class RetrievalData:
 
     def scores(self, vectors: Sequence[Vectors], similarity: Similarity, mesh: DeviceMesh | None) -> dict[str, float]:
         """The metrics of the model's ranking."""
-        return self.measure(nearest(vectors, similarity, mesh, DEPTH))
+        return self.measure(nearest(vectors, similarity, mesh, self.depth()))
 
 
 def nearest(vectors: Sequence[Vectors], similarity: Similarity, mesh: DeviceMesh | None, k: int) -> Int[np.ndarray, "Q k"]:
@@ -88,7 +110,7 @@ def _read_judged(task: Retrieval) -> RetrievalData:
         raise ConfigError(f"task {task.name!r} has a corpus but no queries; with a corpus, set `queries` too")
     corpus = _texts_by_id(task, open_source(task.corpus), task.corpus_columns)
     texts = _texts_by_id(task, open_source(task.queries), task.query_columns)
-    source, columns = opened(task, ("query_id", "document_id")), task.columns
+    source, columns = opened(task, ("query_id", "document_id"), optional=("relevance",)), task.columns
     places = {key: place for place, key in enumerate(corpus)}
     judgements: dict[str, dict[int, float]] = {}
     for row in rows_of(task, source):
@@ -100,7 +122,10 @@ def _read_judged(task: Retrieval) -> RetrievalData:
             raise DataError(f"task {task.name!r}: the text of query {query!r} is empty")
         relevance = number_at(source, row, columns["relevance"]) if "relevance" in columns else 1.0
         judgements.setdefault(query, {})[places[document]] = relevance
-    return _retrieval(task, [texts[query] for query in judgements], corpus.values(), list(judgements.values()))
+    found = _retrieval(task, [texts[query] for query in judgements], corpus.values(), list(judgements.values()))
+    if not task.skip_same_id:
+        return found
+    return dataclasses.replace(found, own=np.array([places.get(query, -1) for query in judgements], np.int32))
 
 
 def _retrieval(
@@ -110,13 +135,19 @@ def _retrieval(
 
 
 def _texts_by_id(task: Retrieval, source: Source, columns: Mapping[str, str]) -> dict[str, str]:
-    require(task, columns, ("id", "text"))
-    select(source, dict(columns), f"task {task.name!r}")
+    require(task, columns, ("id", "text"), ("title",))
+    select(source, {ours: theirs for ours, theirs in columns.items() if (ours, theirs) != TITLE}, f"task {task.name!r}")
     found: dict[str, str] = {}
     for row in range(len(source)):
         key = key_at(source, row, columns["id"])
         if key in found:
             raise DataError(f"{':'.join(map(str, source.where(row)))}: the id {key!r} appears twice")
-        title = string_at(source, row, columns["title"]) if "title" in columns else ""
+        title = _title_at(source, row, columns.get("title"))
         found[key] = f"{title} {string_at(source, row, columns['text'])}".strip()
     return found
+
+
+def _title_at(source: Source, row: int, column: str | None) -> str:
+    if column is None or ("title", column) == TITLE and source[row].get(column) is None:
+        return ""
+    return string_at(source, row, column)

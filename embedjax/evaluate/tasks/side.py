@@ -1,6 +1,6 @@
 """The texts of one column -> vectors, their prefixes, and how they are compared. Every task is made of such sides."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from jax.sharding import Mesh as DeviceMesh
@@ -14,23 +14,47 @@ from embedjax.load import Model
 
 Vectors = Float[np.ndarray, "N E"]
 
+# Bytes of tokens that a side keeps for the next evaluation; more are made again each time.
+KEPT = 256 << 20
+
 
 class Side:
-    """The texts of one column, and their tokens as the last tokenizer gave them, so that a run tokenizes them once."""
+    """The texts of one column, and their tokens as the last tokenizer gave them, so that a run tokenizes them once; those of a
+    large corpus, which would fill the memory, each time."""
 
     def __init__(self, texts: Sequence[str], column: str):
         self.texts, self.column = list(texts), column
         self.tokens: tuple[tuple, list[Columns]] | None = None
 
-    def vectors(self, model: Model, mesh: DeviceMesh | None, prompt: str = "") -> Vectors:
-        """Encoded by the column's tower, "query" and "document" with the prompts of these roles where the model has such.
-        `prompt` names a prompt or adapter to take instead. Raises ConfigError for an unknown one."""
+    def vectors(
+        self,
+        model: Model,
+        mesh: DeviceMesh | None,
+        prompt: str = "",
+        progress: Callable[[int], None] | None = None,
+    ) -> Vectors:
+        """Encoded by the column's tower, with the prompt that `encode` gives it. `prompt` names other prompts, or an adapter;
+        `progress(rows)` tells how many are done. Raises ConfigError for an unknown one."""
         encoder = Encoder(model, column=self.column, task=prompt or None, mesh=mesh)
+        out, start = np.empty((len(self.texts), encoder.width), np.float32), 0
+        for vectors in encoder.stream(self._blocks(encoder), progress=progress):
+            out[start : start + len(vectors)] = vectors
+            start += len(vectors)
+        return out
+
+    def _blocks(self, encoder: Encoder) -> Iterable[Columns]:
         key = (encoder.prompt, *_identity(encoder.texts))
-        if self.tokens is None or self.tokens[0] != key:
-            starts = range(0, len(self.texts), encoder.block)
-            self.tokens = key, [encoder.tokenize(self.texts[at : at + encoder.block]) for at in starts]
-        return np.concatenate([encoder.embed(block) for block in self.tokens[1]])
+        return self.tokens[1] if self.tokens and self.tokens[0] == key else self._tokenized(encoder, key)
+
+    def _tokenized(self, encoder: Encoder, key: tuple) -> Iterator[Columns]:
+        self.tokens, kept, size = None, [], 0
+        for at in range(0, len(self.texts), encoder.block):
+            block = encoder.tokenize(self.texts[at : at + encoder.block])
+            size += sum(array.nbytes for array in block.values())
+            kept = [*kept, block] if size <= KEPT else []  # what is beyond the limit is not held while it is made
+            yield block
+        if size <= KEPT:
+            self.tokens = key, kept
 
     def prefix(self, model: Model, vectors: Vectors, dim: int) -> Vectors:
         """The first `dim` numbers of this side's vectors."""

@@ -1,10 +1,10 @@
 """The architectures, by the name Hugging Face knows them by.
 
-Each is a module with the same names: `Tower`, made as Tower(arch, compute=..., remat=..., layers=...); `names`, its table of
-names, and `sizes(arch)`, the axis letters it speaks of; `from_hf(config)` and `to_hf(arch)`, config.json -> architecture and
-back, which a static table has not. Those of texts have `longest(arch)`, the most tokens a text may have. Those of pictures have
-`pool(arch, encoder, tokens, compute=...)`, whose parameters are a part of the encoder's, and `resized(encoder, old, new)`, an
-encoder for pictures of another size; their `names(arch)` depends on the architecture's form.
+Each is a module with the same names: `Tower`, made as Tower(arch, compute=..., remat=..., layers=..., still=...); `names`, its
+table of names, and `sizes(arch)`, the axis letters it speaks of; `from_hf(config)` and `to_hf(arch)`, config.json ->
+architecture and back, which a static table has not. Those of texts have `longest(arch)`, the most tokens a text may have. Those
+of pictures have `pool(arch, encoder, tokens, compute=...)`, whose parameters are a part of the encoder's, and
+`resized(encoder, old, new)`, an encoder for pictures of another size; their `names(arch)` depends on the architecture's form.
 """
 
 import dataclasses

@@ -25,6 +25,7 @@ class Tower(nn.Module):
     compute: str = "float32"
     remat: bool = False
     layers: Literal["auto", "scan", "unroll"] = "auto"
+    still: int = 0
 
     @nn.compact
     def __call__(

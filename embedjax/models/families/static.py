@@ -17,7 +17,7 @@ from embedjax.models.layers import Embed
 from embedjax.models.names import Names, Row
 from embedjax.models.ops import by_rows
 
-LONGEST = 1 << 20  # any text: there are no positions
+LONGEST = 1 << 20  # stands for any text: there are no positions
 
 
 class Tower(nn.Module):
@@ -27,6 +27,7 @@ class Tower(nn.Module):
     compute: str = "float32"
     remat: bool = False
     layers: Literal["auto", "scan", "unroll"] = "auto"
+    still: int = 0
 
     @nn.compact
     def __call__(
