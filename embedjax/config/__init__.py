@@ -43,7 +43,6 @@ from embedjax.config.model import (
     Dense,
     DistilBert,
     Lora,
-    Model,
     ModernBert,
     Mpnet,
     Roberta,
@@ -67,6 +66,7 @@ from embedjax.config.tasks import (
     Task,
     TripletAccuracy,
 )
+from embedjax.config.towers import Model
 
 __all__ = [
     "AnglE",

@@ -70,6 +70,11 @@ class Vit:
         """Patches of a picture."""
         return (self.image // self.patch) ** 2
 
+    @property
+    def tokens(self) -> int:
+        """What the layers see of a picture: class token, registers and patches, none dropped."""
+        return int(self.pool == "cls") + self.registers + self.patches
+
 
 ImageArchitecture = Vit
 
@@ -197,3 +202,18 @@ class ImageTower:
         if self.dense:
             return self.dense[-1].features
         return self.arch.width if self.arch else 0
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """None: pictures are not prompted."""
+        return {}
+
+    def prompt_for(self, column: str, name: str = "") -> None:
+        """None, as of a tower of texts without prompts."""
+
+    def prompt_named(self, name: str, column: str = "text") -> None:
+        """None, as of a tower of texts without prompts."""
+
+    def knows(self, name: str) -> bool:
+        """Whether it has an adapter of that name."""
+        return name in self.lora

@@ -389,3 +389,14 @@ def test_adapters_and_frozen_layers_find_their_paths():
     frozen = {path for path in weights.flatten({"towers": {"image": params}}) if re.search(rule, path)}
     parts = ("patches/kernel", "positions/embedding", "registers/embedding", "norm/scale", "norm/bias")
     assert frozen == {f"towers/image/encoder/{part}" for part in parts}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_bfloat16_is_close_to_float32(backend, monkeypatch):
+    exact, rough = ImageEmbedder(FORMS["map"]), ImageEmbedder(FORMS["map"], compute="bfloat16")
+    params = init(exact)
+    monkeypatch.setattr(ops, "on_cpu", lambda: backend == "cpu")
+    vectors = jax.jit(lambda p: rough.apply(p, {"pixels": PICTURES}).pooled)(params)
+    assert vectors.dtype == jnp.float32
+    cosines = (vectors * run(params, embedder=exact).pooled).sum(-1)
+    assert 0.999 < cosines.min() < 1 - 1e-7
