@@ -151,7 +151,7 @@ def constant(model: Model, sets: Sequence[Set]) -> tuple[str, ...]:
             found.append(f"{start}/encoder/")
             found += [f"{start}/lora/{re.escape(adapter)}/" for adapter in tower.lora if adapter not in trained]
         elif tower.freeze_layers:
-            found.append(f"{start}/encoder/(?:tokens|positions|types|norm|relative)/")
+            found.append(f"{start}/encoder/(?:tokens|positions|types|norm|relative|patches|class|registers)/")
     return tuple(found)
 
 

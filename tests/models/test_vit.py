@@ -61,6 +61,11 @@ def run(params, pictures=PICTURES, embedder=EMBEDDER, row=None, key=None):
     return applied(embedder, params, pictures, row, key)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def pooled(embedder, params, tokens):
+    return embedder.pool(params, tokens, {})
+
+
 def close(a, b, tolerance=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
 
@@ -126,17 +131,26 @@ def test_scanned_unrolled_and_recomputed_layers_are_the_same():
     plain = value_and_grad(layers="unroll")
     close(plain, value_and_grad(layers="scan"), 1e-4)
     close(plain, value_and_grad(layers="scan", remat=True), 1e-4)
-    still = [sharding.path_of(path) for path, g in jax.tree_util.tree_leaves_with_path(plain[1]) if not np.abs(g).max() > 0]
-    assert not still
+    gone = [sharding.path_of(path) for path, g in jax.tree_util.tree_leaves_with_path(plain[1]) if not np.abs(g).max() > 0]
+    assert not gone
+    held = value_and_grad(layers="scan", still=1)
+    close(plain[0], held[0], 1e-4)
+    expected = weights.flatten(jax.tree.map(np.array, plain[1]["encoder"]))
+    for path, gradient in expected.items():
+        if path.startswith("blocks/"):
+            gradient[0] = 0
+        elif not path.startswith(("final_norm/", "head/")):
+            gradient[:] = 0
+    close(weights.flatten(held[1]["encoder"]), expected, 1e-4)
 
 
 def test_earlier_layers_are_pooled_as_the_last_one_is():
     embedder = ImageEmbedder(FORMS["map"])
     params = init(embedder)
     out = run(params, embedder=embedder)
-    close(embedder.pool(params, out.tokens, {}), out.pooled)
-    nested = embedder.pool(params, out.layers.reshape(3, 4, 2, 18, 16)[1], {})
-    close(nested.reshape(8, 16), embedder.pool(params, out.layers[1], {}))
+    close(pooled(embedder, params, out.tokens), out.pooled)
+    nested = pooled(embedder, params, out.layers.reshape(3, 4, 2, 18, 16)[1])
+    close(nested.reshape(8, 16), pooled(embedder, params, out.layers[1]))
     assert np.abs(nested.reshape(8, 16) - out.pooled).max() > 0.01
 
 
@@ -229,7 +243,7 @@ def test_what_stands_before_the_patches():
         close(out.layers[0][3, first + 2 + 4 + 2], expected, 1e-4)
         tokens = np.asarray(out.tokens).copy()
         tokens[:, first : first + 2] = 7
-        close(embedder.pool(params, jnp.asarray(tokens), {}), out.pooled)
+        close(pooled(embedder, params, jnp.asarray(tokens)), out.pooled)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
@@ -238,8 +252,9 @@ def test_attention_pooling_by_hand(backend, monkeypatch):
     arch = dataclasses.replace(FORMS["map"], registers=0)
     encoder = jax.device_get(init(ImageEmbedder(arch)))["encoder"]
     encoder = jax.tree.map(lambda x: x + 0.1 * RNG.normal(size=x.shape).astype(np.float32), encoder)
+    pool = jax.jit(functools.partial(vit.pool, arch, compute="float32"))
     tokens, head = RNG.normal(size=(2, 5, 16)).astype(np.float32), encoder["head"]
-    attn = head["attn"]
+    attn, found = head["attn"], pool(encoder, tokens)
     linear = lambda x, part: x @ part["kernel"] + part["bias"]
     for b in range(2):
         q, k, v = (
@@ -255,7 +270,7 @@ def test_attention_pooling_by_hand(backend, monkeypatch):
         y = linear(np.concatenate(heads), attn["out"])
         normed = (y - y.mean()) / np.sqrt(y.var() + arch.norm_eps) * head["mlp_norm"]["scale"] + head["mlp_norm"]["bias"]
         expected = y + linear(np.asarray(jax.nn.gelu(linear(normed, head["up"]), approximate=False)), head["down"])
-        close(vit.pool(arch, encoder, jnp.asarray(tokens), compute="float32")[b], expected, 1e-4)
+        close(found[b], expected, 1e-4)
 
 
 # ---- another resolution
