@@ -3,9 +3,9 @@ r"""A small encoder from random weights, first of three runs: masked words, then
     embedjax train configs/mlm.py --data.sets.0.source.path my_texts.txt --run-dir runs/words
     embedjax train configs/finetune.py --model.towers.text.init runs/words/export --data.sets.0.source.path my_pairs.tsv \
         --optim.learning-rate 2e-4 --run-dir runs/pairs
-    embedjax mine runs/pairs/export my_corpus.tsv my_pairs.tsv my_triplets.tsv
+    embedjax mine runs/pairs/export my_corpus.tsv my_pairs.tsv my_triplets.jsonl
 
-and the second command once more, on my_triplets.tsv with `"negative": "negative"` among the columns of the config, from
+and the second command once more, on my_triplets.jsonl with `"negative": "negative"` among the columns of the config, from
 runs/pairs/export. The first run's vectors alone are no good for search: it teaches words, the others what is alike.
 
 Data: a text a line. The tokenizer is trained on them. Hardware: sized for a small machine; a larger `arch` and more steps are

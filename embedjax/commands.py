@@ -94,10 +94,13 @@ def evaluate(arguments: Sequence[str]) -> None:
         name, task = reading.parse(arguments)
     from embedjax.config import Mesh
     from embedjax.evaluate import tasks
+    from embedjax.evaluate.progress import Stages
     from embedjax.load import load
     from embedjax.sharding import make_mesh
 
-    for key, value in tasks.evaluate(load(name), tasks.prepare((task,)), mesh=make_mesh(Mesh())).items():
+    with Stages() as progress:
+        found = tasks.evaluate(load(name), tasks.prepare((task,)), mesh=make_mesh(Mesh()), progress=progress)
+    for key, value in found.items():
         print(f"{key}\t{value:.4f}")
 
 
