@@ -25,7 +25,7 @@ from embedjax.evaluate.tasks.heads import HeadData, head_of
 from embedjax.export import check_format
 from embedjax.load import heads_of, make_images, make_texts, resolve_tower, tokenizer_folders
 from embedjax.metrics.pace import train_flops
-from embedjax.models import folders, lora
+from embedjax.models import folders, lora, pictures
 from embedjax.models.classifier import Head
 from embedjax.models.embedder import Embedder, build_embedder
 from embedjax.models.families.static import LONGEST
@@ -258,7 +258,9 @@ def _init(config: Config, embedders, tx, mesh) -> tuple[step.TrainState, dict]:
     params = jax.jit(make, out_shardings=sharding.shardings(jax.eval_shape(make), mesh))()
     for name, tower in config.model.towers.items():
         if tower.init:
-            read = folders.read_params(folders.resolve(tower.init), tower)
+            folder = folders.resolve(tower.init)
+            image = isinstance(tower, ImageTower)
+            read = pictures.read_params(folder, "image", tower.arch) if image else folders.read_params(folder, tower)
             params["towers"][name] = sharding.put({"towers": {name: _overlay(params["towers"][name], read)}}, mesh)["towers"][
                 name
             ]

@@ -17,7 +17,7 @@ from embedjax.config.errors import ConfigError, StorageError
 from embedjax.data.image import Images
 from embedjax.data.image import check as check_images
 from embedjax.data.text import Texts, load_tokenizer
-from embedjax.models import folders, layout, lora
+from embedjax.models import folders, layout, lora, pictures
 from embedjax.models.classifier import Head, read_heads
 from embedjax.models.embedder import Embedder, build_embedder
 from embedjax.models.families import family_of
@@ -54,6 +54,8 @@ def load(name: str | Path) -> Model:
     if run and is_run(Path(run)):
         return _from_run(Path(run), which)
     folder = folders.resolve(str(name))
+    if len(pictures.sides(folder)) == 2:
+        return _from_pair(folder, str(name))
     routes = layout.routes(folder)
     towers = {name: folders.read_tower(part) for name, part in (routes or {"text": folder}).items()}
     params = {"towers": {name: folders.read_params(tower.init, tower) for name, tower in towers.items()}}
@@ -61,6 +63,16 @@ def load(name: str | Path) -> Model:
     texts = {name: make_texts(tower, tokenizers[name]) for name, tower in towers.items()}
     columns = {column: role for role, column in ROLES.items()} if routes else {}
     return assemble(configs.Model(towers, columns), params, texts, tokenizers, str(name), heads=read_heads(folder))
+
+
+def _from_pair(folder: Path, origin: str) -> Model:
+    """A model of pictures and texts, which searches pictures by texts."""
+    image, text = pictures.read_image_tower(folder), folders.read_tower(folder)
+    params = {"image": pictures.read_params(folder, "image", image.arch), "text": folders.read_params(folder, text)}
+    tokenizers = {"text": Path(text.tokenizer)}
+    texts = {"text": make_texts(text, tokenizers["text"])}
+    model = configs.Model({"image": image, "text": text}, {"anchor": "text", "positive": "image"})
+    return assemble(model, {"towers": params}, texts, tokenizers, origin)
 
 
 def assemble(
@@ -146,9 +158,12 @@ def make_images(tower: ImageTower) -> Images:
 
 def resolve_image_tower(tower: ImageTower, known: ImageTower | None = None) -> ImageTower:
     """An image tower without None, as `resolve_tower` makes one of texts."""
-    if tower.init and (known is None or known.init != tower.init):
-        raise ConfigError(f"the image tower's weights are to come from {tower.init!r}; image towers start from random ones")
-    base = known or ImageTower(tower.arch, pixels=Pixels(), dense=(), normalize=True, similarity="cosine")
+    if known is not None and known.init == tower.init:
+        base = known
+    elif tower.init:
+        base = pictures.read_image_tower(folders.resolve(tower.init))
+    else:
+        base = ImageTower(tower.arch, pixels=Pixels(), dense=(), normalize=True, similarity="cosine")
     given = {f.name: getattr(tower, f.name) for f in dataclasses.fields(tower)}
     chosen = {key: value for key, value in given.items() if value is not None}
     if tower.similarity == "dot":

@@ -241,8 +241,6 @@ def test_what_pictures_cannot_be(config, tmp_path):
     which = config.data.sets[0]
     sets = lambda **changes: dataclasses.replace(config.data, sets=(dataclasses.replace(which, **changes),))
     refused("several names 'positive'", data=sets(several=("positive",)))
-    image = dataclasses.replace(config.model.towers["image"], init="folder")
-    refused("random", model=dataclasses.replace(config.model, towers={**config.model.towers, "image": image}))
     image = dataclasses.replace(config.model.towers["image"], pixels=c.Pixels(shorter=8))
     refused(
         "at least the picture's side", model=dataclasses.replace(config.model, towers={**config.model.towers, "image": image})

@@ -15,6 +15,8 @@ import numpy as np
 from embedjax.config import Architecture, Dense, Static, Tower
 from embedjax.config.errors import ConfigError, nearest
 from embedjax.config.model import PoolingName, Similarity
+from embedjax.models import pictures
+from embedjax.models.clip import POOLING
 from embedjax.models.families import FAMILIES, described, family_of
 from embedjax.models.families.static import LONGEST, from_model2vec
 from embedjax.models.jsonfile import get, read_json
@@ -71,6 +73,8 @@ def read_tower(folder: str | Path) -> Tower:
     that is not supported, for code of the folder's own, and for files that are missing, malformed or contradictory.
     """
     folder = Path(folder)
+    if "text" in pictures.sides(folder):
+        return _read_text_side(folder)
     found = layout(folder)
     if found.static:
         arch, _, unstated = _read_static(found.encoder)
@@ -98,6 +102,8 @@ def read_params(folder: str | Path, tower: Tower) -> dict[str, Any]:
 
     "dense" is there only when the folder has projections. Raises ConfigError when encoder or projections are not the tower's.
     """
+    if "text" in pictures.sides(Path(folder)):
+        return pictures.read_params(Path(folder), "text", tower.arch)
     found = layout(Path(folder))
     if tower.arch is None:
         raise ConfigError(f"the tower of {folder} has no architecture; it must be resolved before its weights are read")
@@ -115,6 +121,23 @@ def read_params(folder: str | Path, tower: Tower) -> dict[str, Any]:
         params.setdefault("dense", {})[str(n)] = _read_dense_weights(path, spec, width)
         width = spec.features
     return params
+
+
+def _read_text_side(folder: Path) -> Tower:
+    """The tower of texts of a model of pictures and texts."""
+    arch, dense = pictures.part(folder, "text")
+    assert isinstance(arch, Architecture)
+    return Tower(
+        arch=arch,
+        init=str(folder),
+        tokenizer=str(folder),
+        pooling=POOLING,
+        dense=dense,
+        normalize=True,
+        include_prompt=True,
+        max_length=_read_max_length(folder, arch),
+        **PLAIN,
+    )
 
 
 def read_arch(folder: Path) -> Architecture:
