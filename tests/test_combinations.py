@@ -23,6 +23,11 @@ class Bag:
     width, normalize = D, False
     arch = types.SimpleNamespace(depth=3)
 
+    def init(self, key):
+        of_table, of_kernels = jax.random.split(key)
+        kernels = 0.3 * jax.random.normal(of_kernels, (3, D, D))
+        return {"encoder": {"table": jax.random.normal(of_table, (V, D)), "kernels": list(kernels)}}
+
     def apply(self, params, column, *, row, key, want=("pooled",)):
         layers = [params["encoder"]["table"][column["ids"]]]
         for kernel in params["encoder"]["kernels"]:
@@ -40,9 +45,10 @@ TOWERS = {name: Bag() for name in MODEL.towers}
 
 LOSSES = {
     "softmax": config.MultipleNegatives(),
-    "joint, ring": config.MultipleNegatives(criterion="joint", form="ring", learn_scale=True),
+    "joint, ring": config.MultipleNegatives(directions=("q2d", "d2q", "q2q", "d2d"), form="ring", learn_scale=True),
     "sigmoid, tiled": config.Siglip(form="tiled"),
-    "guide": config.MultipleNegatives(criterion="symmetric", guide="wise"),
+    "guide": config.MultipleNegatives(directions=("q2d", "d2q"), partition="per_direction", guide="wise"),
+    "gist, tiled": config.MultipleNegatives(directions=("q2d", "q2q", "p2p"), guide="wise", scale=100.0, form="tiled"),
     "contrastive": config.Contrastive(margin=1.0),
     "online contrastive": config.OnlineContrastive(distance="euclidean", margin=2.0),
     "cosine regression": config.CosineRegression(),
@@ -115,15 +121,9 @@ def parts(loss, devices):
     names, columns = columns_of(loss)
     task = config.Set(columns={name: name for name in names}, loss=loss)
     mesh = sharding.make_mesh(config.Mesh(*{1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (4, 2)}[devices]), jax.devices()[:devices])
-    rng = np.random.default_rng(1)
-    tower = lambda: {
-        "encoder": {
-            "table": rng.normal(size=(V, D)).astype(np.float32),
-            "kernels": list(rng.normal(size=(3, D, D)).astype(np.float32) * 0.3),
-        }
-    }
-    params = {"towers": {"text": tower()}, "loss": objective.loss_params(task, MODEL, TOWERS, jax.random.key(0))}
-    return objective.make(task, MODEL, TOWERS, mesh), params, {"towers": {"wise": tower()}}, columns, mesh
+    towers = {name: jax.device_get(TOWERS[name].init(jax.random.key(i))) for i, name in enumerate(TOWERS)}
+    params = {"towers": {"text": towers["text"]}, "loss": objective.loss_params(task, MODEL, TOWERS, jax.random.key(0))}
+    return objective.make(task, MODEL, TOWERS, mesh), params, {"towers": {"wise": towers["wise"]}}, columns, mesh
 
 
 @functools.cache

@@ -43,6 +43,10 @@ def text(*shape, seed=0):
         ({"hardness": "all", "hardness_strength": 50.0}, "hardness_strength"),
         ({"scale": 0.5, "learn_scale": True}, "learned must be at least 1"),
         ({"guide_margin": math.nan}, "guide_margin"),
+        ({"directions": ("d2q",)}, "q2d is one of them"),
+        ({"directions": ("q2d", "q2d")}, "they differ"),
+        ({"directions": ("q2d", "d2d", "p2p")}, "name one of them"),
+        ({"directions": ("q2d", "d2q", "q2q"), "partition": "per_direction"}, "'q2q'.*never hold the positive"),
         ({"matryoshka": (8, 4), "matryoshka_weights": (1.0, math.inf)}, "matryoshka_weights"),
     ],
 )
@@ -59,15 +63,17 @@ def test_a_prefix_longer_than_the_embedding_is_refused():
 def test_losses_are_stored_and_read_back():
     from embedjax.config.serialize import from_json, to_json
 
-    for loss in (config.MultipleNegatives(criterion="joint", matryoshka=(8, 4)), config.Siglip(guide="other")):
+    for loss in (config.MultipleNegatives(directions=("q2d", "q2q"), matryoshka=(8, 4)), config.Siglip(guide="other")):
         assert from_json(to_json(loss), config.Loss) == loss
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
 @pytest.mark.parametrize(("devices", "width", "form"), [(1, 2, "dense"), (1, 4, "tiled"), (8, 4, "dense"), (8, 8, "ring")])
-def test_auto_goes_by_the_scores_a_device_would_hold(devices, width, form):
+def test_auto_goes_by_the_scores_a_device_would_hold(devices, width, form, similarity):
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:devices])
     rows = width * 1024
-    made = make(config.MultipleNegatives(mask_duplicates=False), mesh)
+    model = config.Model({"text": config.Tower(arch=ARCH, similarity=similarity)})
+    made = make(config.MultipleNegatives(mask_duplicates=False), mesh, model)
     outputs = {
         "anchor": jax.ShapeDtypeStruct((rows, 8), jnp.float32),
         "positive": jax.ShapeDtypeStruct((rows, 1, 8), jnp.float32),
@@ -80,7 +86,7 @@ def test_auto_goes_by_the_scores_a_device_would_hold(devices, width, form):
 def test_clip_and_siglip_train_scale_and_bias_within_bounds():
     task = lambda loss: config.Set(columns={"anchor": "a", "positive": "b"}, loss=loss)
     initial = lambda loss: objective.loss_params(task(loss), MODEL, EMBEDDERS, jax.random.key(0))
-    clip = config.MultipleNegatives(criterion="symmetric", scale=1 / 0.07, learn_scale=True)
+    clip = config.MultipleNegatives(directions=("q2d", "d2q"), partition="per_direction", scale=1 / 0.07, learn_scale=True)
     assert initial(clip).keys() == {"scale"}
     found = initial(config.Siglip())
     np.testing.assert_allclose((found["scale"], found["bias"]), (np.log(10.0), -10.0), rtol=1e-6)

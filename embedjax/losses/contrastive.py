@@ -8,14 +8,17 @@ negatives. With K = 1, `+` the positive, `-` a negative, `x` a masked false nega
     anchor1  -  +  - |  -  -  -
     anchor2  x  -  + |  -  -  -
 
-Four criteria, each a mean over the B rows, s the scores `scale * cosine`:
+Two criteria, each a mean over the B rows, s the scores `scale * cosine`:
 
-* `softmax`: log-sum-exp of the row less the positive's score (Henderson et al. 2017, eq. 6; van den Oord et al. 2018, eq. 4).
-* `symmetric`: the mean of that and of the same down the column of the row's positive (Radford et al. 2021, figure 3). Only
-  positives have a row, so hard negatives are scored by anchors and score nothing, as in sentence-transformers.
-* `joint`: one log-sum-exp over the row, the column, the anchor against the other anchors and the positive against the other
-  rows' documents (Li et al. 2023, eq. 2; sentence-transformers' four directions with a joint partition).
-* `sigmoid`: softplus(-s) of the positive and softplus(s) of everything else, s = scale * cosine + bias, summed over the row
+* `softmax`: the log-sum-exp of what the row is compared with, less the positive's score. Directions say what that is:
+    `q2d` the anchor with all documents (Henderson et al. 2017, eq. 6; van den Oord et al. 2018, eq. 4);
+    `d2q` the positive with all anchors, down its column. Only positives have a row: hard negatives are scored by anchors and
+          score nothing, as in sentence-transformers;
+    `q2q` the anchor with the other anchors;
+    `d2d` the positive with the other rows' documents, and `p2p` with their positives alone.
+  Partition `joint` is one log-sum-exp over all of them (q2d, d2q, q2q, d2d: Li et al. 2023, eq. 2; q2d, q2q, p2p: GISTEmbed,
+  Solatorio 2024), `per_direction` the mean of one for each (q2d, d2q: Radford et al. 2021, figure 3).
+* `sigmoid`: softplus(-s) of the positive and softplus(s) of all other documents, s = scale * cosine + bias, summed over the row
   (Zhai et al. 2023, eq. 1).
 """
 
@@ -28,20 +31,15 @@ from jaxtyping import Array, Bool, Float, UInt32
 
 from embedjax.losses.masks import Side, Term, counted, hardened
 
-Criterion = Literal["softmax", "symmetric", "joint", "sigmoid"]
+Direction = Literal["q2d", "d2q", "q2q", "d2d", "p2p"]
 
-TERMS: dict[str, tuple[Term, ...]] = {
-    "softmax": (Term("query", "positive"), Term("query", "negative")),
-    "symmetric": (Term("query", "positive", both=True), Term("query", "negative")),
-    "joint": (
-        Term("query", "positive", both=True),
-        Term("query", "negative"),
-        Term("query", "query"),
-        Term("positive", "positive"),
-        Term("positive", "negative"),
-    ),
-    "sigmoid": (Term("query", "positive"), Term("query", "negative")),
+TERMS: dict[Direction, tuple[Term, ...]] = {
+    "q2d": (Term("query", "positive"), Term("query", "negative")),
+    "q2q": (Term("query", "query"),),
+    "d2d": (Term("positive", "positive"), Term("positive", "negative")),
+    "p2p": (Term("positive", "positive"),),
 }
+"""What each compares; d2q takes the scores of q2d, down their columns."""
 
 
 class Hashes(NamedTuple):
@@ -70,7 +68,8 @@ class Pairs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Which loss of a `Pairs`; static under jit.
+    """Which loss of a `Pairs`; static under jit. `directions` hold q2d, for the sigmoid nothing else; a partition per direction
+    has room for d2q alone, which like q2d has the positive among its scores.
 
     `hardness` adds `strength` times the cosine, without gradient, to the scores of negatives of a kind: those of other rows
     (Lan et al. 2025, eq. 5), the row's own hard negatives (EmbeddingGemma, Schechter Vera et al. 2025) or both.
@@ -79,7 +78,9 @@ class Rule:
     save in what is said of the guide.
     """
 
-    criterion: Criterion = "softmax"
+    criterion: Literal["softmax", "sigmoid"] = "softmax"
+    directions: tuple[Direction, ...] = ("q2d",)
+    partition: Literal["joint", "per_direction"] = "joint"
     hardness: Literal["none", "in_batch", "hard", "all"] = "none"
     strength: float = 0.0
     margin: float = 0.0
@@ -132,8 +133,10 @@ def sides(pairs: Pairs, rule: Rule, first: Array | int = 0) -> dict[str, Side]:
 
 
 def terms(rule: Rule, found: dict[str, Side]) -> tuple[Term, ...]:
-    """The comparisons of a criterion whose sides are there."""
-    return tuple(term for term in TERMS[rule.criterion] if term.columns in found)
+    """The comparisons of the rule whose sides are there, the one that holds the positives first."""
+    wanted = [term for direction, each in TERMS.items() if direction in rule.directions for term in each]
+    back = "d2q" in rule.directions
+    return tuple(dataclasses.replace(term, both=back and term.holds_positives) for term in wanted if term.columns in found)
 
 
 def loss(pairs: Pairs, rule: Rule, scale: Float[Array, ""] | float, bias: Float[Array, ""] | float = 0.0) -> Loss:
@@ -169,12 +172,8 @@ def _criterion(rule: Rule, rows_BM: Array, columns: list[Array], own_B: Array) -
     if rule.criterion == "sigmoid":
         # softplus(-s) = softplus(s) - s, and softplus(-inf) = 0.
         return (jax.nn.softplus(rows_BM).sum(-1) - own_B).mean()
-    if rule.criterion == "joint":
-        rows_BM = jnp.concatenate([rows_BM, *columns], 1)
-    normalizer_B = jax.nn.logsumexp(rows_BM, -1)
-    if rule.criterion == "symmetric":
-        normalizer_B = (normalizer_B + jax.nn.logsumexp(columns[0], -1)) / 2
-    return (normalizer_B - own_B).mean()
+    parts = [jnp.concatenate([rows_BM, *columns], 1)] if rule.partition == "joint" else [rows_BM, *columns]
+    return jnp.stack([jax.nn.logsumexp(part_BM, -1) - own_B for part_BM in parts]).mean()
 
 
 def _masked(scores: Float[Array, "R N"], keep: Bool[Array, "R N"] | None) -> Float[Array, "R N"]:

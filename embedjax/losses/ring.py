@@ -10,11 +10,19 @@ import jax
 import jax.numpy as jnp
 
 
-def trip(axis: tuple[str, ...], visit: Callable[[Any, Any], tuple[Any, Any]], staying: Any, travelling: Any) -> tuple[Any, Any]:
+def trip(
+    axis: tuple[str, ...],
+    visit: Callable[[Any, Any], tuple[Any, Any]],
+    staying: Any,
+    travelling: Any,
+    *,
+    join: Callable[[Any, Any], Any] = jnp.add,
+    nothing: float = 0.0,
+) -> tuple[Any, Any]:
     """`visit(staying, travelling) -> (staying, gathered)` on each device for every device's `travelling`, nearest first.
 
-    Returns what stayed, and for the block that started here the sum of what it gathered on all devices. Without an axis there
-    is one visit.
+    Returns what stayed, and for the block that started here what it gathered on all devices, from `nothing` on and joined to a
+    sum, or as `join` says. Without an axis there is one visit.
     """
     if not axis:
         return visit(staying, travelling)
@@ -26,9 +34,9 @@ def trip(axis: tuple[str, ...], visit: Callable[[Any, Any], tuple[Any, Any]], st
         # Both transfers are begun before the visit and needed after it, so they overlap with its products.
         following, arrived = onwards((travelling, gathered))
         staying, more = visit(staying, travelling)
-        return (staying, following, jax.tree.map(jnp.add, arrived, more)), None
+        return (staying, following, jax.tree.map(join, arrived, more)), None
 
     shapes = jax.eval_shape(visit, staying, travelling)[1]
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (staying, _, gathered), _ = jax.lax.scan(hop, (staying, travelling, nothing), length=count)
+    start = jax.tree.map(lambda x: jnp.full(x.shape, nothing, x.dtype), shapes)
+    (staying, _, gathered), _ = jax.lax.scan(hop, (staying, travelling, start), length=count)
     return staying, onwards(gathered)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from embedjax.losses import ring, tiles
-from embedjax.losses.contrastive import Loss, Pairs, Rule, inverse_norm, normalize, sides, terms
+from embedjax.losses import ring, sums, tiles
+from embedjax.losses.contrastive import Loss, Pairs, Rule, floats, inverse_norm, normalize, sides, terms
 from embedjax.losses.masks import Side, Term
 
 Sides = dict[str, Side]
@@ -33,9 +33,9 @@ def loss(
 ) -> Loss:
     """`contrastive.loss`, or with `dims` `compose.matryoshka` of it, in memory linear in the batch.
 
-    `bound` is what the scale never exceeds: it decides how exponentials are kept in range. `chosen` are the prefixes that count
-    this time, None for all. `tile` is the columns of a tile, 0 for a good size. Metrics: `positive`, the mean cosine of anchor
-    and positive.
+    `bound` is what the scale never exceeds: for cosines it decides how exponentials are kept in range. `chosen` are the
+    prefixes that count this time, None for all. `tile` is the columns of a tile, 0 for a good size. Metrics: `positive`, the
+    mean cosine of anchor and positive.
     """
     made = _prepare(pairs, rule, scale, bias, bound, dims, weights, 0)
     strip = 0 if tile or chosen is not None else _strip(made)
@@ -44,7 +44,7 @@ def loss(
         value_B, cosine_B = per_row(pairs, rule, scale, bias, **options)
         return value_B.mean(), {"positive": cosine_B.mean()}
     total = cast(Array, one_way(made.form, made.terms, strip, made.factors, made.rows, made.columns, made.lift))
-    value = total - (made.own @ jnp.asarray(made.factors, made.own.dtype)).mean()
+    value = total - _weighted(made.own, jnp.asarray(made.factors, made.own.dtype)).mean()
     return value, {"positive": _cosine(made, scale, bias).mean()}
 
 
@@ -69,16 +69,18 @@ def per_row(
     made = _prepare(pairs, rule, scale, bias, bound, dims, weights, first)
     sizes = _sizes(made.rows, made.columns, tile)
     found = totals(made.form, made.terms, axis, sizes, made.rows, made.columns, made.lift)
-    row_BP, column_BP = cast(tuple[Array, Array], found)  # no column totals where no criterion below takes them
-    if rule.criterion == "symmetric":
-        row_BP = (row_BP + column_BP) / 2
-    elif rule.criterion == "joint":
-        row_BP = jnp.logaddexp(row_BP, column_BP)
+    row_BP, column_BP = cast(tuple[Array, Array | None], found)
+    if column_BP is not None:
+        row_BP = jnp.logaddexp(row_BP, column_BP) if rule.partition == "joint" else (row_BP + column_BP) / 2
     factor_P = jnp.asarray(made.factors, made.own.dtype)
     if chosen is not None:
         factor_P = jnp.where(chosen[jnp.asarray(sorted(range(len(dims)), key=lambda p: dims[p]))], factor_P, 0)
-    value_B = (row_BP - made.own) @ factor_P
-    return value_B, _cosine(made, scale, bias)
+    return _weighted(row_BP - made.own, factor_P), _cosine(made, scale, bias)
+
+
+def _weighted(x_BP: Float[Array, "B P"], factor_P: Float[Array, "P"]) -> Float[Array, "B"]:
+    """Not a product of matrices, which accelerators take in less than float32."""
+    return (x_BP * factor_P[None]).sum(-1)
 
 
 class _Prepared(NamedTuple):
@@ -94,16 +96,14 @@ class _Prepared(NamedTuple):
 
 
 def _prepare(pairs: Pairs, rule: Rule, scale, bias, bound: float, dims, weights, first: Array | int) -> _Prepared:
-    if rule.similarity != "cosine":
-        raise ValueError("tiles hold cosines, whose scores are bounded; products of vectors take the dense form")
     order = sorted(range(len(dims)), key=lambda p: dims[p])
     ascending = tuple(dims[p] for p in order)
-    sigmoid = rule.criterion == "sigmoid"
+    sigmoid, cosines = rule.criterion == "sigmoid", rule.similarity == "cosine"
     bound += rule.strength if rule.hardness != "none" else 0.0
-    form = tiles.Form(sigmoid, rule.hardness, ascending, (0.0,) if sigmoid else tiles.shifts(bound))
-    columns = sides(_floats(pairs, ascending), rule, first)
+    form = tiles.Form(sums.way(sigmoid, bound if cosines else None), rule.hardness, ascending)
+    columns = sides(_floats(pairs, ascending, cosines), rule, first)
     found = terms(rule, columns)
-    if ascending:
+    if ascending and cosines:
         columns = {name: side._replace(inverse=_inverses(side.vectors, ascending)) for name, side in columns.items()}
     rows = {name: _scaled(columns[name], scale) for name in dict.fromkeys(term.rows for term in found)}
     if sigmoid:
@@ -116,13 +116,13 @@ def _prepare(pairs: Pairs, rule: Rule, scale, bias, bound: float, dims, weights,
 
 
 def _cosine(made: _Prepared, scale: Float[Array, ""] | float, bias: Float[Array, ""] | float) -> Float[Array, "B"]:
-    score_B = made.own[:, -1] - (bias if made.form.sigmoid else 0.0)
+    score_B = made.own[:, -1] - (0.0 if made.rows["query"].bias is None else bias)
     return jax.lax.stop_gradient(score_B / scale)
 
 
-def _floats(pairs: Pairs, dims: tuple[int, ...]) -> Pairs:
-    """Whole vectors at length 1; prefixes are left as they are, since each is normalised by a factor of its own."""
-    make = normalize if not dims else lambda x: x[..., : dims[-1]].astype(jnp.promote_types(x.dtype, jnp.float32))
+def _floats(pairs: Pairs, dims: tuple[int, ...], cosines: bool) -> Pairs:
+    """For cosines whole vectors at length 1; prefixes are left as they are, since each is normalised by a factor of its own."""
+    make = normalize if cosines and not dims else lambda x: floats(x[..., : dims[-1]] if dims else x)
     return pairs._replace(anchor=make(pairs.anchor), candidates=make(pairs.candidates))
 
 
@@ -140,11 +140,9 @@ def _scaled(side: Side, scale: Float[Array, ""] | float) -> Side:
 def _own(form: tiles.Form, rows: Side, columns: Side) -> Float[Array, "B P"]:
     """Each row's score of its own positive."""
     product = rows.vectors * columns.vectors
-    if form.dims:
-        assert rows.inverse is not None and columns.inverse is not None
-        found = jnp.stack([product[:, :d].sum(-1) for d in form.dims], -1) * (rows.inverse * columns.inverse)
-    else:
-        found = product.sum(-1, keepdims=True)
+    found = jnp.stack([product[:, :d].sum(-1) for d in form.dims or (None,)], -1)
+    if rows.inverse is not None and columns.inverse is not None:
+        found = found * (rows.inverse * columns.inverse)
     return found if rows.bias is None else found + rows.bias[:, None]
 
 
@@ -182,7 +180,7 @@ def one_way(
     score is computed twice: three products instead of four.
     """
     row_BP, _ = cast(tuple[Array, None], totals(form, found, (), _sizes(rows, columns, 0), rows, columns, lift))
-    return (row_BP @ jnp.asarray(factors, row_BP.dtype)).mean()
+    return _weighted(row_BP, jnp.asarray(factors, row_BP.dtype)).mean()
 
 
 def _strips(form, found, strip, factors, rows, columns, lift):
@@ -190,8 +188,8 @@ def _strips(form, found, strip, factors, rows, columns, lift):
     share_P = jnp.asarray(factors, rows["query"].vectors.dtype) / count
 
     def work(to_columns, block):
-        sums = [tiles.sums(form, term, block, columns[term.columns], lift)[0] for term in found]
-        total_RP = tiles.finished(form, functools.reduce(jnp.add, sums))
+        parts = [tiles.sums(form, term, block, columns[term.columns], lift)[0] for term in found]
+        total_RP = form.way.finish(functools.reduce(form.way.join, parts))
         row_totals = tiles.Totals(total_RP, jnp.broadcast_to(share_P, total_RP.shape))
         pulled = [tiles.gradients(form, term, block, columns[term.columns], lift, row_totals, None) for term in found]
         to_rows = functools.reduce(lambda x, y: jax.tree.map(jnp.add, x, y), [to_row for to_row, _ in pulled])
@@ -200,7 +198,7 @@ def _strips(form, found, strip, factors, rows, columns, lift):
 
     start = {name: tiles.zeros(side) for name, side in columns.items()}
     to_columns, (totals_, to_rows) = jax.lax.scan(work, start, tiles.cut_side(rows["query"], strip))
-    value = (tiles.uncut(totals_, count) @ share_P).sum()
+    value = _weighted(tiles.uncut(totals_, count), share_P).sum()
     to_rows = {"query": _cotangent(to_rows, count)}
     return value, (to_rows, {name: _as_side(gradient) for name, gradient in to_columns.items()})
 
@@ -240,10 +238,10 @@ def _forward(form, found, axis, sizes, rows, columns, lift):
             column_sums = own if term.both else column_sums
         return row_sums, column_sums
 
-    shape = (*cut_rows["query"].row.shape, form.prefixes, len(form.shifts))
-    start = jnp.zeros(shape, rows["query"].vectors.dtype)
-    row_sums, column_sums = ring.trip(axis, visit, start, cut_columns)
-    finish = lambda sums: tiles.finished(form, tiles.uncut(sums, count))
+    shape = (*cut_rows["query"].row.shape, form.prefixes, form.way.slots)
+    start = jnp.full(shape, form.way.nothing, rows["query"].vectors.dtype)
+    row_sums, column_sums = ring.trip(axis, visit, start, cut_columns, join=form.way.join, nothing=form.way.nothing)
+    finish = lambda grown: form.way.finish(tiles.uncut(grown, count))
     row_BP, column_BP = jax.tree.map(finish, (row_sums, column_sums))
     return (row_BP, column_BP), (rows, columns, lift, row_BP, column_BP)
 

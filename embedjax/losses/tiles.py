@@ -1,7 +1,6 @@
 """Blocks of scores: what one block of rows and one tile of columns add to the totals, and to the gradients.
 
-A block lives in memory only while it is worked on. Totals need no running maximum: cosines are at most 1, so scores are
-bounded by the scale, and the exponentials are summed at fixed shifts that keep them inside float32's range (`shifts`).
+A block lives in memory only while it is worked on. `sums.py` says how its scores add up.
 """
 
 import dataclasses
@@ -12,11 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from embedjax.losses.masks import Side, Term, counted, hardened
+from embedjax.losses.sums import Way
 
-# exp holds about +-87 in float32. Scores within NARROW need no shift, the log of the number of candidates included.
-NARROW, WIDE, SHIFT = 50.0, 110.0, 50.0
-# A sum at the upper shift below this has lost terms to underflow; then no score is above -17, and the lower shift is exact.
-LOST = 8e-30
 # Columns of a tile, and rows of a block for each of them.
 COLUMNS, ASPECT = 1024, 2
 # Scores of a strip of rows against all columns, and the fewest rows it may have: the columns' gradient is read and written
@@ -26,12 +22,11 @@ STRIP, SHORTEST = 2**23, 64
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What the blocks compute; static under jit. `dims` are ascending Matryoshka prefixes, or () for whole unit vectors."""
+    """What the blocks compute; static under jit. `dims` are ascending Matryoshka prefixes, or () for whole vectors."""
 
-    sigmoid: bool
+    way: Way
     hardness: str
     dims: tuple[int, ...]
-    shifts: tuple[float, ...]
 
     @property
     def prefixes(self) -> int:
@@ -44,21 +39,6 @@ class Totals(NamedTuple):
 
     value: Float[Array, "N P"]
     cotangent: Float[Array, "N P"]
-
-
-def shifts(bound: float) -> tuple[float, ...]:
-    """The shifts for scores within +-bound. Raises ValueError when two are not enough."""
-    if bound > WIDE:
-        raise ValueError(f"scores reach {bound:.0f}; tiles hold scales up to {WIDE:.0f}, hardness strength included")
-    return (0.0,) if bound <= NARROW else (SHIFT, -SHIFT)
-
-
-def finished(form: Form, sums: Float[Array, "N P S"]) -> Float[Array, "N P"]:
-    """The totals from the sums at each shift."""
-    if form.sigmoid:
-        return sums[..., 0]
-    logs = [jnp.log(sums[..., i]) + shift for i, shift in enumerate(form.shifts)]
-    return logs[0] if len(logs) == 1 else jnp.where(sums[..., 0] > LOST, logs[0], logs[1])
 
 
 def size(count: int, wanted: int) -> int:
@@ -94,13 +74,14 @@ def add(form: Form, term: Term, rows: Side, columns: Side, lift: Array, row_sums
 
     `rows` and `columns` are cut; `lift` is the hardness strength as a share of the scale.
     """
-    start = jnp.zeros((columns.row.shape[1], *row_sums.shape[2:]), row_sums.dtype) if term.both else None
+    shape = (columns.row.shape[1], *row_sums.shape[2:])
+    start = jnp.full(shape, form.way.nothing, row_sums.dtype) if term.both else None
 
     def tile(row_sums, columns):
         def block(column_sums, one):
             rows, mine = one
             to_row, to_column = sums(form, term, rows, columns, lift)
-            return jax.tree.map(jnp.add, column_sums, to_column), mine + to_row
+            return jax.tree.map(form.way.join, column_sums, to_column), form.way.join(mine, to_row)
 
         return _swap(jax.lax.scan(block, start, (rows, row_sums)))
 
@@ -170,8 +151,7 @@ def _segments(form: Form) -> list[tuple[int, int]]:
 
 
 def _scores(form: Form, rows: Side, columns: Side, product: Array, p: int) -> Float[Array, "R T"]:
-    if form.dims:
-        assert rows.inverse is not None and columns.inverse is not None
+    if rows.inverse is not None and columns.inverse is not None:
         product = product * (rows.inverse[:, p, None] * columns.inverse[None, :, p])
     return product if rows.bias is None else product + rows.bias[:, None]
 
@@ -180,19 +160,15 @@ def sums(form: Form, term: Term, rows: Side, columns: Side, lift: Array) -> tupl
     """What a block adds to the sums of its rows [R P S] and columns [T P S]."""
     to_row, to_column = counted(term, rows, columns)
     factor = hardened(term, form.hardness, rows, columns)
-    same = factor is None and rows.guide is None
     row_sums, column_sums = [], []
     for p, product in enumerate(_products(form, rows, columns)):
         score = _scores(form, rows, columns, product, p)
         hard = score if factor is None else score * (1 + lift * factor)
-        for shift in form.shifts:
-            each = jax.nn.softplus(hard) if form.sigmoid else jnp.exp(hard - shift)
-            each = _kept(each, to_row)
-            row_sums.append(each.sum(1))
-            if term.both:
-                column_sums.append((each if same else _kept(jnp.exp(score - shift), to_column)).sum(0))
-    pack = lambda sums: jnp.stack(sums, -1).reshape(-1, form.prefixes, len(form.shifts))
-    return pack(row_sums), pack(column_sums) if term.both else None
+        row_sums.append(form.way.add(hard, to_row, 1))
+        if term.both:
+            # Where scores and masks are those of the rows, XLA finds that the exponentials are too.
+            column_sums.append(form.way.add(score, to_column, 0))
+    return jnp.stack(row_sums, 1), jnp.stack(column_sums, 1) if term.both else None
 
 
 def gradients(
@@ -208,11 +184,10 @@ def gradients(
         column = None if column_totals is None else (column_totals.value[:, p], column_totals.cotangent[:, p])
         # The lift of a hard score takes no gradient: d score is d hard.
         hard = score if factor is None else score * (1 + lift * factor)
-        weight = _weights(form, score, hard, (row_totals.value[:, p], row_totals.cotangent[:, p]), column, masks)
+        weight = form.way.weigh(score, hard, (row_totals.value[:, p], row_totals.cotangent[:, p]), column, masks)
         if rows.bias is not None:
             bias = bias + weight.sum(1)
-        if form.dims:
-            assert rows.inverse is not None and columns.inverse is not None
+        if rows.inverse is not None and columns.inverse is not None:
             x, y = rows.inverse[:, p], columns.inverse[:, p]
             weight = weight * (x[:, None] * y[None])
             radial = weight * product
@@ -227,27 +202,6 @@ def gradients(
     )
 
 
-def _weights(form: Form, score: Array, hard: Array, row: tuple, column: tuple | None, masks: tuple) -> Float[Array, "R T"]:
-    """The derivative of the loss by each score of a block."""
-    total_R, cotangent_R = row
-    if form.sigmoid:
-        return _kept(jax.nn.sigmoid(hard) * cotangent_R[:, None], masks[0])
-    if len(form.shifts) == 1:
-        # One exponential serves both directions: e^(s - r) = e^s e^-r, and neither leaves float32's range.
-        row_R = cotangent_R * jnp.exp(-_finite(total_R))
-        if column is None:
-            return _kept(jnp.exp(hard) * row_R[:, None], masks[0])
-        column_T = column[1] * jnp.exp(-_finite(column[0]))
-        if hard is score and masks[0] is None and masks[1] is None:
-            return jnp.exp(score) * (row_R[:, None] + column_T[None])
-        to_column = _kept(jnp.exp(score) * column_T[None], masks[1])
-        return _kept(jnp.exp(hard) * row_R[:, None], masks[0]) + to_column
-    weight = _kept(jnp.exp(hard - _finite(total_R)[:, None]) * cotangent_R[:, None], masks[0])
-    if column is None:
-        return weight
-    return weight + _kept(jnp.exp(score - _finite(column[0])[None]) * column[1][None], masks[1])
-
-
 def _back(form: Form, rows: Side, columns: Side, weights: list[Array]) -> tuple[Array, Array]:
     """The products of the gradient; a segment of the width serves every prefix that holds it at once."""
     if not form.dims:
@@ -258,12 +212,3 @@ def _back(form: Form, rows: Side, columns: Side, weights: list[Array]) -> tuple[
         to_rows.append(_product(total, columns.vectors[:, low:high]))
         to_columns.append(_product(total.T, rows.vectors[:, low:high]))
     return jnp.concatenate(to_rows[::-1], 1), jnp.concatenate(to_columns[::-1], 1)
-
-
-def _kept(x: Array, keep: Array | None) -> Array:
-    return x if keep is None else jnp.where(keep, x, 0)
-
-
-def _finite(total: Array) -> Array:
-    """A total of no pair is -inf; its weights are masked, and must not be NaN."""
-    return jnp.where(jnp.isfinite(total), total, 0)

@@ -13,6 +13,8 @@ from embedjax.models.ops import GOLDEN, mix
 
 MASKED, REPLACED = 0.8, 0.1  # of the chosen tokens; the rest stay as they are (Devlin et al. 2018, section 3.1)
 
+PIECES = 4  # of a long word: most have one or two
+
 NOISE = np.uint32(0x6E6F6973)  # noise and dropout of one key draw apart
 
 
@@ -31,9 +33,11 @@ def draws(key: UInt32[Array, ""], row_B: Int[Array, "B"], place_BL: Int[Array, "
     return (bits_BL >> 8).astype(jnp.float32) * 2.0**-24
 
 
-def most_hidden(length: int, share: float) -> int:
-    """Room for the chosen tokens of a text: four standard deviations above their mean number."""
-    return min(length, math.ceil(share * length + 4 * math.sqrt(share * (1 - share) * length)))
+def most_hidden(length: int, share: float, whole_words: bool) -> int:
+    """Room for the chosen tokens of a text: four standard deviations above their mean number. Whole words spread that number
+    wider: there it is room for words of `PIECES`."""
+    spread = (PIECES if whole_words else 1) * share * (1 - share) * length
+    return min(length, math.ceil(share * length + 4 * math.sqrt(spread)))
 
 
 def hide(
@@ -54,7 +58,7 @@ def hide(
     """
     here_BL = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
     chosen_BL = (draws(key, row, word if whole_words else here_BL, 1) < share) & (word >= 0)
-    to_BPL = _gathered(chosen_BL, most_hidden(ids.shape[1], share))
+    to_BPL = _gathered(chosen_BL, most_hidden(ids.shape[1], share, whole_words))
     chosen_BL = to_BPL.any(1)
     fate_BL, other_BL = draws(key, row, here_BL, 2), (draws(key, row, here_BL, 3) * vocab_size).astype(ids.dtype)
     shown_BL = jnp.where(fate_BL < MASKED, mask_id, jnp.where(fate_BL < MASKED + REPLACED, other_BL, ids))

@@ -1,5 +1,6 @@
 """In-batch losses: which scores, in which form (dense, tiled or in a ring), what masks them, and what of them is trained."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -28,11 +29,9 @@ DENSE_SCORES = 2**22
 
 
 def in_batch(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: Mesh) -> Objective:
-    """Raises ConfigError for a guide that does not fit, and for a form that does not hold the towers' similarity."""
+    """Raises ConfigError for a guide that does not fit."""
     loss = task.loss
     assert isinstance(loss, InBatch)
-    if model.similarity == "dot" and loss.form not in ("auto", "dense"):
-        raise ConfigError(f'form {loss.form!r} holds cosines alone; take "auto" or "dense" for towers of similarity "dot"')
     guide = _guide(task, loss, model, embedders)
     compare = _comparison(loss, mesh, model.similarity, first_scale(loss, model))
 
@@ -104,8 +103,7 @@ def _comparison(loss: InBatch, mesh: Mesh, similarity: Similarity, scale: float)
     }
 
     def compare(pairs: Pairs, scale, bias, chosen) -> contrastive.Loss:
-        form = loss.form if loss.form != "auto" else "dense" if similarity == "dot" else _form(pairs, mesh)
-        return forms[form](pairs, scale, bias, chosen)
+        return forms[_form(pairs, mesh) if loss.form == "auto" else loss.form](pairs, scale, bias, chosen)
 
     return compare
 
@@ -135,10 +133,17 @@ def _ring(pairs: Pairs, rule: Rule, scale, bias, chosen, mesh: Mesh, options: di
 
 
 def _rule(loss: InBatch, similarity: Similarity) -> Rule:
-    criterion, hardness, strength = "sigmoid", "none", 0.0
-    if isinstance(loss, MultipleNegatives):
-        criterion, hardness, strength = loss.criterion, loss.hardness, loss.hardness_strength
-    return Rule(criterion, hardness, strength, loss.guide_margin, loss.guide_margin_kind, similarity)
+    rule = Rule("sigmoid", margin=loss.guide_margin, margin_kind=loss.guide_margin_kind, similarity=similarity)
+    if not isinstance(loss, MultipleNegatives):
+        return rule
+    return dataclasses.replace(
+        rule,
+        criterion="softmax",
+        directions=loss.directions,
+        partition=loss.partition,
+        hardness=loss.hardness,
+        strength=loss.hardness_strength,
+    )
 
 
 def _guide(task: Set, loss: InBatch, model: Model, embedders: Mapping[str, Embedder]) -> Callable[[Any, dict], Guide | None]:

@@ -41,7 +41,8 @@ def ours(form: str, criterion: str, size: int, width: int, tile: int) -> Callabl
     from embedjax.losses.contrastive import Pairs, Rule
 
     def loss(anchor, positive):
-        pairs, rule = Pairs(anchor, positive[:, None]), Rule(criterion)
+        both = {"directions": ("q2d", "d2q"), "partition": "per_direction"}
+        pairs, rule = Pairs(anchor, positive[:, None]), Rule(**(both if criterion == "symmetric" else {}))
         if form == "dense":
             return contrastive.loss(pairs, rule, SCALE)[0]
         return streaming.loss(pairs, rule, SCALE, bound=SCALE, tile=tile)[0]

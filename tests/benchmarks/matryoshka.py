@@ -10,12 +10,19 @@ import argparse
 import statistics
 import time
 
+CRITERIA = {
+    "softmax": {},
+    "symmetric": {"directions": ("q2d", "d2q"), "partition": "per_direction"},
+    "joint": {"directions": ("q2d", "d2q", "q2q", "d2d")},
+    "sigmoid": {"criterion": "sigmoid"},
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=4096, help="batch size")
     parser.add_argument("--dims", default="768,512,256,128,64", help="prefix lengths; the longest is the whole embedding")
-    parser.add_argument("--criterion", choices=("softmax", "symmetric", "joint", "sigmoid"), default="softmax")
+    parser.add_argument("--criterion", choices=CRITERIA, default="softmax")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
     parser.add_argument("--tile", type=int, default=0, help="columns of a tile; 0 for the form's own choice")
     options = parser.parse_args()
@@ -31,7 +38,7 @@ def main() -> None:
     vectors = jax.device_put((anchor, anchor + 3 * rng.standard_normal(anchor.shape, dtype=np.float32)))
 
     def tiled(pairs, dims=()):
-        return streaming.loss(pairs, Rule(options.criterion), 20.0, bound=20.0, dims=dims, tile=options.tile)
+        return streaming.loss(pairs, Rule(**CRITERIA[options.criterion]), 20.0, bound=20.0, dims=dims, tile=options.tile)
 
     forms = {"single": tiled, "five": lambda pairs: tiled(pairs, dims), "naive": compose.matryoshka(tiled, dims)}
     compiled = {}

@@ -11,6 +11,12 @@ import os
 import time
 
 INF_CL = {32768: 0.18, 262144: 1.45}
+CRITERIA = {
+    "softmax": {},
+    "symmetric": {"directions": ("q2d", "d2q"), "partition": "per_direction"},
+    "joint": {"directions": ("q2d", "d2q", "q2q", "d2d")},
+    "sigmoid": {},
+}
 
 
 def measured(size: int, criterion: str, width: int, tile: int) -> tuple[float, float, float, float]:
@@ -23,8 +29,7 @@ def measured(size: int, criterion: str, width: int, tile: int) -> tuple[float, f
 
     mesh = sharding.make_mesh(config.Mesh())
     kind = config.Siglip if criterion == "sigmoid" else config.MultipleNegatives
-    chosen = {} if criterion == "sigmoid" else {"criterion": criterion}
-    loss = kind(form="ring", tile=tile, mask_duplicates=False, **chosen)
+    loss = kind(form="ring", tile=tile, mask_duplicates=False, **CRITERIA[criterion])
     arch = config.Bert(width=width, depth=1, heads=1)
     task = config.Set(columns={"anchor": "a", "positive": "b"}, loss=loss)
     model, embedders = config.Model({"text": config.Tower(arch=arch)}), {"text": Embedder(arch)}
@@ -46,7 +51,7 @@ def measured(size: int, criterion: str, width: int, tile: int) -> tuple[float, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", default="32768,262144,1048576", help="global batch sizes")
-    parser.add_argument("--criterion", choices=("softmax", "symmetric", "joint", "sigmoid"), default="symmetric")
+    parser.add_argument("--criterion", choices=CRITERIA, default="symmetric")
     parser.add_argument("--width", type=int, default=512, help="numbers of an embedding")
     parser.add_argument("--devices", type=int, default=8, help="simulated devices")
     parser.add_argument("--tile", type=int, default=0, help="columns of a tile; 0 for the form's own choice")

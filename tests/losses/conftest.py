@@ -12,6 +12,13 @@ from embedjax.models.embedder import Embedder
 B, D = 16, 24
 PREFIXES = (4, 8, 12, 16, 24)
 WEIGHTS = (1.0, 0.5, 2.0, 1.0, 0.25)
+CRITERIA = {
+    "softmax": {},
+    "symmetric": {"directions": ("q2d", "d2q"), "partition": "per_direction"},
+    "joint": {"directions": ("q2d", "d2q", "q2q", "d2d")},
+    "gist": {"directions": ("q2d", "q2q", "p2p")},
+    "sigmoid": {},
+}
 MESHES = {1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (4, 2)}
 
 
@@ -35,10 +42,11 @@ def make_pairs():
 class Comparison:
     """One compiled form of a loss; called with pairs it returns the relative errors of value and gradients."""
 
-    def __init__(self, loss, devices, dtype):
+    def __init__(self, loss, devices, dtype, similarity="cosine"):
         arch = config.Bert(vocab_size=8, width=D, depth=1, heads=1, mlp=4, positions=4)
-        model, embedders = config.Model({"text": config.Tower(arch=arch)}), {"text": Embedder(arch)}
-        self.loss, self.dtype = loss, dtype
+        model = config.Model({"text": config.Tower(arch=arch, similarity=similarity)})
+        embedders = {"text": Embedder(arch)}
+        self.loss, self.dtype, self.similarity = loss, dtype, similarity
         self.mesh = sharding.make_mesh(config.Mesh(*MESHES[devices]), jax.devices()[:devices])
         task = config.Set(columns={"anchor": "a", "positive": "b"}, loss=loss)
         made = objective.make(task, model, embedders, self.mesh)
@@ -71,16 +79,19 @@ class Comparison:
     def reference(self, pairs):
         """Value and gradients of the definition in float64, eagerly."""
         loss = self.loss
-        hardness = (loss.hardness, loss.hardness_strength) if isinstance(loss, config.MultipleNegatives) else ("none", 0.0)
-        criterion = getattr(loss, "criterion", "sigmoid")
-        rule = contrastive.Rule(criterion, *hardness, loss.guide_margin, loss.guide_margin_kind)
+        margin, kind, similarity = loss.guide_margin, loss.guide_margin_kind, self.similarity
+        rule = contrastive.Rule("sigmoid", margin=margin, margin_kind=kind, similarity=similarity)
+        if isinstance(loss, config.MultipleNegatives):
+            what = loss.directions, loss.partition, loss.hardness, loss.hardness_strength
+            rule = contrastive.Rule("softmax", *what, margin, kind, similarity)
         whole = contrastive.loss
         if loss.matryoshka:
             whole = compose.matryoshka(whole, loss.matryoshka, loss.matryoshka_weights)
 
         def value(params, vectors):
             learned = params["loss"]
-            scale = jax.numpy.exp(learned["scale"]) if loss.learn_scale else loss.scale or 20.0
+            fixed = loss.scale or (20.0 if self.similarity == "cosine" else 1.0)
+            scale = jax.numpy.exp(learned["scale"]) if loss.learn_scale else fixed
             return whole(pairs._replace(anchor=vectors[0], candidates=vectors[1]), rule, scale, learned.get("bias", 0.0))[0]
 
         params = {"loss": {name: np.asarray(x, np.float64) for name, x in self.initial.items()}}
@@ -89,12 +100,12 @@ class Comparison:
 
 @pytest.fixture(scope="session")
 def compare():
-    """`compare(criterion, form, devices, dtype, **options)` -> Comparison; tiles are smaller than the batch, and ragged."""
+    """`compare(criterion, form, devices, dtype, similarity, **options)` -> Comparison; tiles are smaller than the batch, and
+    ragged."""
 
-    def make(criterion, form, devices, dtype=np.float64, **options):
+    def make(criterion, form, devices, dtype=np.float64, similarity="cosine", **options):
         kind = config.Siglip if criterion == "sigmoid" else config.MultipleNegatives
-        chosen = {} if criterion == "sigmoid" else {"criterion": criterion}
-        return Comparison(kind(form=form, **{"tile": 3, **chosen, **options}), devices, dtype)
+        return Comparison(kind(form=form, **{"tile": 3, **CRITERIA[criterion], **options}), devices, dtype, similarity)
 
     return make
 

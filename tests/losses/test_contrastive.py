@@ -8,7 +8,14 @@ import pytest
 from embedjax.losses import compose, contrastive
 from embedjax.losses.contrastive import Hashes, Pairs, Rule
 
-CRITERIA = ("softmax", "symmetric", "joint", "sigmoid")
+RULES = {
+    "one way": {},
+    "clip": {"directions": ("q2d", "d2q"), "partition": "per_direction"},
+    "gte": {"directions": ("q2d", "d2q", "q2q", "d2d")},
+    "gist": {"directions": ("p2p", "q2q", "q2d")},
+    "both ways in one": {"directions": ("q2d", "d2q")},
+    "sigmoid": {"criterion": "sigmoid"},
+}
 
 
 def unit(x):
@@ -72,18 +79,20 @@ class Loops:
         query, positive = ("query", i, 0), ("doc", i, 0)
         documents = [("doc", j, k) for j in range(self.b) for k in range(self.c)]
         queries = [("query", j, 0) for j in range(self.b)]
-        forward, backward = self.scores(i, query, documents), self.scores(i, positive, queries)
+        others = lambda items: [item for item in items if item[1] != i]
+        compared = {
+            "q2d": (query, documents),
+            "d2q": (positive, queries),
+            "q2q": (query, others(queries)),
+            "d2d": (positive, others(documents)),
+            "p2p": (positive, others([item for item in documents if item[2] == 0])),
+        }
+        scores = [self.scores(i, *compared[direction]) for direction in self.rule.directions]
         own = self.scores(i, query, [positive])[0]
-        total = lambda scores: np.log(np.exp(scores).sum()) - own
-        if self.rule.criterion == "softmax":
-            return total(forward)
-        if self.rule.criterion == "symmetric":
-            return (total(forward) + total(backward)) / 2
-        if self.rule.criterion == "joint":
-            others = lambda items: [item for item in items if item[1] != i]
-            same = self.scores(i, query, others(queries)) + self.scores(i, positive, others(documents))
-            return total(forward + backward + same)
-        return np.log1p(np.exp(forward)).sum() - own
+        if self.rule.criterion == "sigmoid":
+            return np.log1p(np.exp(scores[0])).sum() - own
+        parts = [sum(scores, [])] if self.rule.partition == "joint" else scores
+        return np.mean([np.log(np.exp(part).sum()) - own for part in parts])
 
     def value(self):
         return np.mean([self.row(i) for i in range(self.b)])
@@ -100,12 +109,13 @@ def dense(pairs, rule, scale, bias):
 
 @pytest.mark.parametrize("negatives", [0, 2])
 @pytest.mark.parametrize("masks", ["none", "hashes", "guide"])
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_equals_loops_in_value_and_gradient(make_pairs, criterion, masks, negatives):
+@pytest.mark.parametrize("name", RULES)
+def test_equals_loops_in_value_and_gradient(make_pairs, name, masks, negatives):
     pairs = smaller(make_pairs(negatives, duplicates=True, guide=masks == "guide", seed=negatives))
     pairs = pairs._replace(hashes=None if masks == "none" else pairs.hashes)
-    hardness = ("none" if criterion == "sigmoid" else ("in_batch", "hard", "all")[len(masks) % 3], 3.0)
-    rule = Rule(criterion, *hardness, margin=0.1, margin_kind="relative" if negatives else "absolute")
+    hardness = "none" if name == "sigmoid" else ("in_batch", "hard", "all")[len(masks) % 3]
+    kind = "relative" if negatives else "absolute"
+    rule = Rule(**RULES[name], hardness=hardness, strength=3.0, margin=0.1, margin_kind=kind)
     scale, bias = 6.0, -1.5
     with jax.enable_x64(True):
         value, (grads, of_scale, of_bias) = jax.value_and_grad(
@@ -127,7 +137,7 @@ def test_equals_loops_in_value_and_gradient(make_pairs, criterion, masks, negati
 
 
 def test_matryoshka_is_the_weighted_sum_over_normalised_prefixes(make_pairs):
-    pairs, rule = smaller(make_pairs(1, duplicates=True)), Rule("joint")
+    pairs, rule = smaller(make_pairs(1, duplicates=True)), Rule(**RULES["gte"])
     with jax.enable_x64(True):
         found = compose.matryoshka(contrastive.loss, (6, 2, 3), (1.0, 0.5, 2.0))(pairs, rule, 5.0)[0]
     parts = [Loops(smaller(pairs, width=d), rule, 5.0, 0.0).value() for d in (6, 2, 3)]
@@ -136,20 +146,19 @@ def test_matryoshka_is_the_weighted_sum_over_normalised_prefixes(make_pairs):
 
 def test_different_texts_mask_nothing(make_pairs):
     pairs = make_pairs(1)
-    for criterion in CRITERIA:
-        rule = Rule(criterion)
+    for rule in (Rule(**options) for options in RULES.values()):
         assert dense(pairs, rule, 10.0, 0.0) == dense(pairs._replace(hashes=None), rule, 10.0, 0.0)
 
 
-@pytest.mark.parametrize("criterion", ["softmax", "symmetric", "joint"])
-def test_a_row_without_negatives_costs_nothing(criterion, make_pairs):
+@pytest.mark.parametrize("name", [name for name in RULES if name != "sigmoid"])
+def test_a_row_without_negatives_costs_nothing(name, make_pairs):
     pairs = make_pairs(0)
     same = Hashes(np.zeros_like(pairs.hashes.anchor), np.zeros_like(pairs.hashes.candidates))
-    value, grads = jax.value_and_grad(lambda a: dense(pairs._replace(anchor=a, hashes=same), Rule(criterion), 20.0, 0.0))(
+    value, grads = jax.value_and_grad(lambda a: dense(pairs._replace(anchor=a, hashes=same), Rule(**RULES[name]), 20.0, 0.0))(
         pairs.anchor.astype(np.float32)
     )
-    # The joint form scores the positive in both directions.
-    np.testing.assert_allclose(value, np.log(2) if criterion == "joint" else 0, atol=1e-6)
+    # In one partition of both directions the positive counts twice.
+    np.testing.assert_allclose(value, np.log(2) if name in ("gte", "both ways in one") else 0, atol=1e-6)
     assert not np.any(grads)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from embedjax.models.noise import delete_words, hide, most_hidden
+from embedjax.models.noise import delete_words, draws, hide, most_hidden
 
 B, L, V, MASK = 512, 32, 1000, 4
 KEY = jnp.uint32(3)
@@ -67,18 +67,39 @@ def test_fifteen_in_a_hundred_are_chosen_and_eight_tenths_of_them_masked(whole_w
 def test_whole_words_are_chosen_whole():
     column = texts()
     chosen = scattered(hidden(column, whole_words=True))
-    room = most_hidden(L, 0.15)
+    room = most_hidden(L, 0.15, True)
     for r in np.flatnonzero(chosen.sum(1) < room):  # a text that is full may end within a word
         for w in range(column["word"][r].max() + 1):
             assert len(set(chosen[r, column["word"][r] == w])) == 1
 
 
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_there_is_room_for_words_of_four_pieces(pieces):
+    """Nearly every text has all its chosen words hidden, to the last piece."""
+    length, rows = 128, np.arange(2048)
+    word = np.broadcast_to(np.arange(length) // pieces, (len(rows), length)).astype(np.int32)
+    found = hide(
+        jnp.full(word.shape, 5),
+        jnp.asarray(word),
+        jnp.asarray(rows),
+        KEY,
+        share=0.15,
+        whole_words=pieces > 1,
+        mask_id=MASK,
+        vocab_size=V,
+    )
+    chosen = np.asarray(draws(KEY, jnp.asarray(rows), jnp.asarray(word), 1) < 0.15).sum(1)
+    full = np.asarray(found.counts).sum(1)
+    assert (chosen > full).mean() < 0.001
+    assert chosen.max() > (40 if pieces > 1 else 30)
+
+
 def test_no_more_are_chosen_than_there_is_room_for():
     found = hidden(texts(), share=0.5)
-    room = most_hidden(L, 0.5)
+    room = most_hidden(L, 0.5, False)
     assert found.places.shape[1] == room < L
     assert scattered(found).sum(1).max() <= room
-    assert most_hidden(4, 0.15) == 4
+    assert most_hidden(4, 0.15, False) == 4
 
 
 def test_noise_goes_by_row_and_place_alone():

@@ -1,9 +1,13 @@
 """In-batch losses against sentence-transformers' and plain torch ones: values and gradients."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from embedjax.losses import compose, contrastive
 from embedjax.losses.contrastive import Guide, Pairs, Rule
@@ -11,18 +15,17 @@ from embedjax.losses.contrastive import Guide, Pairs, Rule
 torch = pytest.importorskip("torch")
 pytest.importorskip("sentence_transformers")
 from sentence_transformers.sentence_transformer import losses  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 pytestmark = pytest.mark.reference
 
 B, D = 12, 16
-JOINT = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 # Ours -> theirs.
 HARDNESS = {"none": None, "in_batch": "in_batch_negatives", "hard": "hard_negatives", "all": "all_negatives"}
-DIRECTIONS = {
-    "softmax": {"directions": ("query_to_doc",)},
-    "symmetric": {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
-    "joint": {"directions": JOINT, "partition_mode": "joint"},
-}
+DIRECTIONS = {"q2d": "query_to_doc", "d2q": "doc_to_query", "q2q": "query_to_query", "d2d": "doc_to_doc"}
+OTHERS = [few for count in range(4) for few in itertools.combinations(("d2q", "q2q", "d2d"), count)]
+PARTITIONS = [(("q2d", *few), "joint") for few in OTHERS] + [(("q2d", *few), "per_direction") for few in ((), ("d2q",))]
+CLIP = {"directions": ("q2d", "d2q"), "partition": "per_direction"}
 
 
 class Nothing(torch.nn.Module):
@@ -59,15 +62,16 @@ def assert_same(found, wanted):
 
 @pytest.mark.parametrize("hardness", HARDNESS)
 @pytest.mark.parametrize("negatives", [0, 2])
-@pytest.mark.parametrize("criterion", DIRECTIONS)
-def test_multiple_negatives_ranking(criterion, negatives, hardness):
+@pytest.mark.parametrize(("directions", "partition"), PARTITIONS)
+def test_multiple_negatives_ranking(directions, partition, negatives, hardness):
     anchor, candidates = vectors(negatives)
     strength = 0.0 if hardness == "none" else 5.0
+    chosen = {"directions": tuple(DIRECTIONS[name] for name in directions), "partition_mode": partition}
     peer = losses.MultipleNegativesRankingLoss(
-        Nothing(), scale=20.0, hardness_mode=HARDNESS[hardness], hardness_strength=strength, **DIRECTIONS[criterion]
+        Nothing(), scale=20.0, hardness_mode=HARDNESS[hardness], hardness_strength=strength, **chosen
     )
     wanted = theirs(lambda a, c: peer.compute_loss_from_embeddings([a, *c.unbind(1)], None), anchor, candidates)
-    rule = Rule(criterion, hardness, strength)
+    rule = Rule(directions=directions, partition=partition, hardness=hardness, strength=strength)
     assert_same(ours(lambda pairs: contrastive.loss(pairs, rule, 20.0), anchor, candidates), wanted)
 
 
@@ -85,30 +89,37 @@ def test_matryoshka():
     assert_same(found, theirs(summed, anchor, candidates))
 
 
-@pytest.mark.parametrize(("kind", "margin"), [("absolute", 0.0), ("absolute", 0.2), ("relative", 0.1)])
+GIST = {
+    "their defaults": ({}, {}),
+    "anchors alone": ({"contrast_positives": False}, {"directions": ("q2d", "q2q")}),
+    "positives alone": ({"contrast_anchors": False}, {"directions": ("q2d", "p2p")}),
+    "neither": ({"contrast_anchors": False, "contrast_positives": False}, {"directions": ("q2d",)}),
+    "margin": ({"margin": 0.2}, {"margin": 0.2}),
+    "relative margin": ({"margin_strategy": "relative", "margin": 0.1}, {"margin_kind": "relative", "margin": 0.1}),
+}
+
+
+@pytest.mark.parametrize("case", GIST)
 @pytest.mark.parametrize("negatives", [0, 1])
-def test_gist_embed(monkeypatch, kind, margin, negatives):
+def test_gist_embed(monkeypatch, case, negatives):
     anchor, candidates = vectors(negatives)
     guide = vectors(negatives, seed=3)
-    peer = losses.GISTEmbedLoss.__new__(losses.GISTEmbedLoss)
-    torch.nn.Module.__init__(peer)
-    chosen = {"temperature": 0.05, "margin_strategy": kind, "margin": margin, "must_retokenize": False}
-    chosen |= {"contrast_anchors": False, "contrast_positives": False, "gather_across_devices": False, "guide": None}
-    for name, value in chosen.items():
-        setattr(peer, name, value)
-    peer.model, peer.similarity_fct = Nothing(), torch.nn.CosineSimilarity(dim=-1)
-    peer.cross_entropy_loss = torch.nn.CrossEntropyLoss()
+    student, wise = Nothing(), Nothing()
+    for model in (student, wise):
+        model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0})))
+        model.max_seq_length = 8
+    peer = losses.GISTEmbedLoss(student, wise, **GIST[case][0])
     module = __import__("sys").modules[losses.GISTEmbedLoss.__module__]
     told = [torch.tensor(x) for x in (guide[0], *np.moveaxis(guide[1], 1, 0))]
     given = {}
-    monkeypatch.setattr(module, "embed_columns", lambda model, features: told if model is None else given["now"])
+    monkeypatch.setattr(module, "embed_columns", lambda model, features: told if model is wise else given["now"])
 
     def masked(a, c):
         given["now"] = [a, *c.unbind(1)]
         return peer.forward([{} for _ in given["now"]], None)
 
-    rule = Rule(margin=margin, margin_kind=kind)
-    found = ours(lambda pairs: contrastive.loss(pairs._replace(guide=Guide(*guide)), rule, 20.0), anchor, candidates)
+    rule = Rule(**{"directions": ("q2d", "q2q", "p2p"), **GIST[case][1]})
+    found = ours(lambda pairs: contrastive.loss(pairs._replace(guide=Guide(*guide)), rule, 100.0), anchor, candidates)
     assert_same(found, theirs(masked, anchor, candidates))
 
 
@@ -121,7 +132,7 @@ def test_clip():
         cross = torch.nn.functional.cross_entropy
         return (cross(logits, labels) + cross(logits.T, labels)) / 2
 
-    loss = lambda pairs, scale: contrastive.loss(pairs, Rule("symmetric"), jnp.exp(scale))
+    loss = lambda pairs, scale: contrastive.loss(pairs, Rule(**CLIP), jnp.exp(scale))
     found = ours(loss, anchor, candidates, np.log(1 / 0.07))
     assert_same(found, theirs(clip, anchor, candidates, np.log(1 / 0.07)))
 

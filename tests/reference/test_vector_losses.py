@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from embedjax import config, objective, sharding
 from embedjax.losses import compose, distill, pairwise, triplet
+from embedjax.models.embedder import Embedder
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sentence_transformers")
@@ -141,6 +143,24 @@ def test_kl_distillation(kind, function):
     peer = losses.DistillKLDivLoss(Nothing(), function, student_temperature=0.5, teacher_temperature=2.0)
     ours = lambda told, x, *c: distill.kl(distill.scores(x, jax.numpy.stack(c, 1), kind), told, 0.5, 2.0)
     check(ours, (peer.compute_loss_from_embeddings, SCORES, (X, Y, *NEGATIVES)))
+
+
+@pytest.mark.parametrize(
+    ("loss", "peer"), [(config.MarginMse, losses.MarginMSELoss), (config.KlDistillation, losses.DistillKLDivLoss)]
+)
+def test_taught_scores_by_product_are_their_defaults(loss, peer):
+    """On towers whose similarity is the cosine."""
+    arch = config.Bert(vocab_size=8, width=D, depth=1, heads=1, mlp=4, positions=4)
+    names = ("anchor", "positive", "negative", "negative_2", "negative_3", "score", "score_2", "score_3", "score_4")
+    task = config.Set(columns={name: name for name in names}, loss=loss(similarity="dot"))
+    mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+    made = objective.make(task, config.Model({"text": config.Tower(arch=arch)}), {"text": Embedder(arch)}, mesh)
+
+    def ours(told, x, *c):
+        outputs, targets = {"anchor": x, "positive": jax.numpy.stack(c, 1)}, made.targets({}, {"scores": told})
+        return made.loss({}, outputs, targets, None)[0]
+
+    check(ours, (peer(Nothing()).compute_loss_from_embeddings, SCORES, (X, Y, *NEGATIVES)))
 
 
 @pytest.mark.parametrize("aggregation", ["mean", "sum"])

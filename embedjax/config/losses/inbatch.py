@@ -46,12 +46,19 @@ class InBatch(Pooled):
 
 @dataclasses.dataclass(frozen=True)
 class MultipleNegatives(InBatch):
-    """Multiple negatives ranking (InfoNCE): softmax of each anchor over all positives and hard negatives of the global batch.
-    CLIP's loss is `criterion="symmetric", scale=1 / 0.07, learn_scale=True`."""
+    """Multiple negatives ranking (InfoNCE): softmax of each anchor over all positives and hard negatives of the global batch,
+    and whatever else `directions` name. Some are known by names of their own:
 
-    criterion: Literal["softmax", "symmetric", "joint"] = "softmax"
-    """Anchors choose among documents; the mean of that and of documents choosing among anchors; or one softmax over both and
-    over anchors among anchors and documents among documents (GTE)."""
+    CLIP: `directions=("q2d", "d2q"), partition="per_direction", scale=1 / 0.07, learn_scale=True`;
+    GTE: `directions=("q2d", "d2q", "q2q", "d2d")`;
+    GISTEmbed: `directions=("q2d", "q2q", "p2p"), scale=100, guide="TOWER"`, and a guide with any others works too.
+    """
+
+    directions: tuple[Literal["q2d", "d2q", "q2q", "d2d", "p2p"], ...] = ("q2d",)
+    """What is compared: anchors with documents (always), positives with anchors, anchors with other anchors, positives with the
+    documents of other rows, or with their positives alone."""
+    partition: Literal["joint", "per_direction"] = "joint"
+    """One softmax over all directions, or the mean of one for each of q2d and d2q."""
     hardness: Literal["none", "in_batch", "hard", "all"] = "none"
     """Negatives whose score is raised the more, the closer they are: those of other rows, the row's own hard ones, or both."""
     hardness_strength: float = 0.0
@@ -59,6 +66,14 @@ class MultipleNegatives(InBatch):
 
     def __post_init__(self):
         super().__post_init__()
+        if "q2d" not in self.directions or len(set(self.directions)) < len(self.directions):
+            raise ConfigError(f"MultipleNegatives.directions is {self.directions}; they differ, and q2d is one of them")
+        if {"d2d", "p2p"} <= set(self.directions):
+            raise ConfigError(f"MultipleNegatives.directions is {self.directions}; d2d holds p2p: name one of them")
+        if self.partition == "per_direction" and (other := set(self.directions) - {"q2d", "d2q"}):
+            raise ConfigError(
+                f'MultipleNegatives.partition is "per_direction", but {sorted(other)} never hold the positive; use "joint"'
+            )
         if not 0 <= self.hardness_strength <= 10:
             raise ConfigError(f"MultipleNegatives.hardness_strength is {self.hardness_strength}; it must be in [0, 10]")
         if (self.hardness == "none") != (self.hardness_strength == 0):
