@@ -27,7 +27,7 @@ from embedjax.load import heads_of, make_images, make_texts, resolve_tower, toke
 from embedjax.metrics.pace import train_flops
 from embedjax.models import folders, lora, pictures
 from embedjax.models.classifier import Head
-from embedjax.models.embedder import Embedder, build_embedder
+from embedjax.models.embedder import build_embedder
 from embedjax.models.families.static import LONGEST
 
 # Rows whose text a "wordpiece" tokenizer is trained on: more changes its pieces little and costs seconds.
@@ -39,7 +39,7 @@ ENCODED = {"anchor", "positive", "negative"}
 class Parts(NamedTuple):
     """What of a run needs no data: embedders, optimiser, the shapes and places of state and constants, the steps by task."""
 
-    embedders: dict[str, Embedder]
+    embedders: dict[str, Any]
     tx: optax.GradientTransformation
     abstract: step.TrainState
     constants: dict
@@ -56,7 +56,7 @@ class Run:
     texts: dict[str, Texts]
     mined: dict[str, Mined]
     batches: Batches
-    embedders: dict[str, Embedder]
+    embedders: dict[str, Any]
     init: Callable[[], tuple[step.TrainState, dict]]
     abstract: step.TrainState
     constants: dict
@@ -189,7 +189,7 @@ def build(config: Config, folder: Path) -> Run:
 def parts(config: Config, mesh: jax.sharding.Mesh) -> Parts:
     """What of a run needs no data, from a resolved config. The mesh may be of devices that are not here."""
     _check_sizes(config, mesh)
-    embedders = {name: build_embedder(tower) for name, tower in config.model.towers.items()}
+    embedders: dict[str, Any] = {name: build_embedder(tower) for name, tower in config.model.towers.items()}
     objectives = {task.name: objective.make(task, config.model, embedders, mesh) for task in config.data.tasks}
     shapes = jax.eval_shape(functools.partial(_random_params, config, embedders))
     trained_shapes, frozen = _partition(config, shapes)
@@ -231,7 +231,7 @@ def _check_sizes(config: Config, mesh: jax.sharding.Mesh) -> None:
             )
 
 
-def _random_params(config: Config, embedders: dict[str, Embedder]) -> dict:
+def _random_params(config: Config, embedders: dict[str, Any]) -> dict:
     """Random parameters of all towers and losses; every tower has a key of its own."""
     key = jax.random.key(config.seed)
     towers = {}
@@ -244,7 +244,7 @@ def _random_params(config: Config, embedders: dict[str, Embedder]) -> dict:
     return {"towers": towers, **({"loss": losses} if losses else {})}
 
 
-def _loss_params(config: Config, embedders: dict[str, Embedder]) -> dict:
+def _loss_params(config: Config, embedders: dict[str, Any]) -> dict:
     key, losses = jax.random.key(config.seed), {}
     for i, task in enumerate(config.data.tasks, len(embedders)):
         losses |= objective.loss_params(task, config.model, embedders, jax.random.fold_in(key, i))

@@ -62,7 +62,7 @@ def load(name: str | Path) -> Model:
     tokenizers = {name: Path(tower.tokenizer) for name, tower in towers.items()}
     texts = {name: make_texts(tower, tokenizers[name]) for name, tower in towers.items()}
     columns = {column: role for role, column in ROLES.items()} if routes else {}
-    return assemble(configs.Model(towers, columns), params, texts, tokenizers, str(name), heads=read_heads(folder))
+    return assemble(configs.Model({**towers}, columns), params, texts, tokenizers, str(name), heads=read_heads(folder))
 
 
 def _from_pair(folder: Path, origin: str) -> Model:

@@ -29,6 +29,11 @@ class Model:
                 raise ConfigError(f"model.columns gives {column!r} to tower {name!r}; {nearest(name, self.towers)}")
 
     @property
+    def texts(self) -> dict[str, Tower]:
+        """The towers of texts."""
+        return {name: tower for name, tower in self.towers.items() if isinstance(tower, Tower)}
+
+    @property
     def encoders(self) -> tuple[str, ...]:
         """The towers that encode a column: all but those that only guide a loss."""
         return tuple(sorted(set(self.columns.values()) or self.towers))

@@ -63,7 +63,7 @@ class GlyphRows:
     def __init__(self, name: str, glyphs: tuple[Glyph, ...]):
         self.name, self.glyphs = name, glyphs
 
-    @functools.cached_property
+    @property
     def files(self) -> Sequence[FileInfo]:
         counts = collections.Counter(glyph.font for glyph in self.glyphs)
         return tuple(file_info(font, counts[font]) for font in sorted(counts))
@@ -128,7 +128,7 @@ def _coverage() -> dict[str, list[int]]:
     for path in sorted(folder.glob("*.ttf")):
         if path.stem.startswith(FONTS) and not path.stem.endswith("Display"):
             with TTFont(path, lazy=True) as font:
-                codes = font.getBestCmap()
+                codes = font.getBestCmap() or {}
                 coverage[str(path)] = sorted(code for code in codes if _is_drawn(code, font["glyf"], codes[code]))
     if not coverage:
         raise DataError(f"glyphs: matplotlib has no fonts {', '.join(FONTS)} in {folder}")

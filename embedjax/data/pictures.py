@@ -40,7 +40,7 @@ class Pictures:
         if not self.found:
             raise DataError(f"{path}: a folder without pictures ({', '.join(ENDINGS)})")
 
-    @functools.cached_property
+    @property
     def files(self) -> Sequence[FileInfo]:
         with reading(self.name):
             size = sum(os.path.getsize(os.path.join(self.name, name)) for name in self.found)

@@ -136,7 +136,6 @@ def _members(path: str, file, size: int) -> Iterator[tuple[str, int, int, str]]:
         # Headers alone are read; nothing is ever written anywhere, whatever a member's name says.
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
-                archive.members.clear()  # or the library keeps every header
                 if not member.isdir():
                     yield member.name, member.offset_data, member.size, _fault(member, size)
     except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError, OSError) as error:
