@@ -96,13 +96,13 @@ def config(captioned, pairs):
                 c.Set(
                     c.File(str(captioned)),
                     {"anchor": "captions", "positive": "file"},
-                    c.MultipleNegatives(criterion="symmetric", scale=1 / 0.07, learn_scale=True),
+                    c.MultipleNegatives(directions=("q2d", "d2q"), partition="per_direction", scale=1 / 0.07, learn_scale=True),
                     several=("anchor",),
                 ),
             ),
         ),
         optim=c.Optim(learning_rate=1e-3),
-        evaluate=c.Evaluate(tasks=(task("document", "text", "file"),)),
+        evaluate=c.Evaluate(tasks=(task("document", "text", "file"), task("query", "file", "text"))),
         checkpoint=c.Checkpoint(every=3),
         export=c.Export("none"),
         log_every=1,
@@ -127,7 +127,12 @@ class StopAt:
 
 def test_a_run_on_pictures_is_evaluated_loaded_and_goes_on_bitwise(config, tmp_path, monkeypatch):
     result = train(config, tmp_path / "whole")
-    assert set(result.scores) >= {"to document/ndcg@10", "to document@8/ndcg@10", "to document/success@5"}
+    assert set(result.scores) >= {
+        "to document/ndcg@10",
+        "to document@8/ndcg@10",
+        "to document/success@5",
+        "to query/success@10",
+    }
     with monkeypatch.context() as patch:
         patch.setattr(runs, "stop_signal", lambda: contextlib.nullcontext(StopAt(2)))
         with pytest.raises(Saved):

@@ -41,7 +41,7 @@ class RetrievalData:
 
     def some(self, queries: Int[np.ndarray, " q"]) -> "RetrievalData":
         """The same documents, and only the queries of these numbers."""
-        texts = Side([self.queries.texts[query] for query in queries], self.queries.column)
+        texts = Side([self.queries.texts[query] for query in queries], self.queries.column, self.queries.pictures)
         own = None if self.own is None else self.own[queries]
         return dataclasses.replace(self, queries=texts, judgements=[self.judgements[query] for query in queries], own=own)
 
@@ -138,7 +138,8 @@ def _read_judged(task: Retrieval) -> RetrievalData:
 def _retrieval(
     task: Retrieval, queries: Iterable[str | bytes], documents: Iterable[str | bytes], judgements: Sequence[Mapping[int, float]]
 ) -> RetrievalData:
-    return RetrievalData(task, Side(list(queries), "query"), Side(list(documents), "document"), judgements)
+    side = lambda items, name: Side(list(items), name, name in task.pictures)
+    return RetrievalData(task, side(queries, "query"), side(documents, "document"), judgements)
 
 
 def _texts_by_id(task: Retrieval, source: Source, columns: Mapping[str, str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh as DeviceMesh
 from jaxtyping import Float
 
+from embedjax import config
 from embedjax.config import ImageTower, Similarity, Tower
 from embedjax.config.errors import ConfigError
 from embedjax.evaluate.encode import Columns, Encoder, encoder_of
@@ -22,8 +23,8 @@ class Side:
     """The texts of one column (or its pictures, as bytes or paths), and their tokens as the last tokenizer gave them, so that a
     run tokenizes them once; those of a large corpus, which would fill the memory, each time."""
 
-    def __init__(self, texts: Sequence[Any], column: str):
-        self.texts, self.column = list(texts), column
+    def __init__(self, texts: Sequence[Any], column: str, pictures: bool = False):
+        self.texts, self.column, self.pictures = list(texts), column, pictures
         self.tokens: tuple[tuple, list[Columns]] | None = None
 
     def vectors(
@@ -35,7 +36,7 @@ class Side:
     ) -> Vectors:
         """Encoded by the column's tower, with the prompt that `encode` gives it. `prompt` names other prompts, or an adapter;
         `progress(rows)` tells how many are done. Raises ConfigError for an unknown one."""
-        encoder = encoder_of(model, column=self.column, task=prompt or None, mesh=mesh)
+        encoder = encoder_of(model, column=self.column_of(model.config), task=prompt or None, mesh=mesh)
         out, start = np.empty((len(self.texts), encoder.width), np.float32), 0
         for vectors in encoder.stream(self._blocks(encoder), progress=progress):
             out[start : start + len(vectors)] = vectors
@@ -58,7 +59,13 @@ class Side:
 
     def prefix(self, model: Model, vectors: Vectors, dim: int) -> Vectors:
         """The first `dim` numbers of this side's vectors."""
-        return prefixed(vectors, dim, model.config.towers[model.config.tower_of(self.column)])
+        return prefixed(vectors, dim, model.config.towers[model.config.tower_of(self.column_of(model.config))])
+
+    def column_of(self, model: config.Model) -> str:
+        """The column of `model` that takes these: of a model of pictures and texts the other one, where queries are pictures
+        and anchors texts, or the other way round."""
+        takes = lambda column: isinstance(model.towers[model.tower_of(column)], config.ImageTower) == self.pictures
+        return next(filter(takes, (self.column, *config.ROLES)), self.column)
 
 
 def prefixed(vectors: Vectors, dim: int, tower: Tower | ImageTower) -> Vectors:
