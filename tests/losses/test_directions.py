@@ -36,6 +36,7 @@ def test_every_set_of_directions(make_pairs, compare, directions, partition, dev
     assert comparison(make_pairs(2, duplicates=True, guide=True)) < 1e-10
 
 
+@pytest.mark.slow
 def test_prefixes_of_the_directions_of_gist(make_pairs, compare, prefixes):
     comparison = compare("gist", "ring", 4, scale=100.0, **prefixes)
     assert comparison(make_pairs(1, guide=True)) < 1e-10

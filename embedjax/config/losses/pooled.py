@@ -45,7 +45,9 @@ class Pooled:
     takes: ClassVar[tuple[str, ...]] = ()  # further columns that it uses where they are
 
     matryoshka: tuple[int, ...] = ()
-    """Prefix lengths of the embedding that are trained at once, losses summed; empty for the whole embedding alone."""
+    """Prefix lengths of the embedding that are trained at once, losses summed; empty for the whole embedding alone. Prefixes
+    that are compared get length 1 again unless similarity is "dot"; class heads and vectors of a teacher meet them as the
+    tower's `normalize` says, as in evaluation."""
     matryoshka_weights: tuple[float, ...] = ()
     """Weight of each prefix; empty for 1."""
     dims_per_step: int = 0
