@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from embedjax import distributed, objective, optim, sharding, step
-from embedjax.config import Config, HeadAccuracy, Tower, Transformer
+from embedjax.config import Architecture, Config, HeadAccuracy, ImageArchitecture, ImageTower, Tower, Transformer, Vit
 from embedjax.config.errors import ConfigError, nearest
 from embedjax.data.batches import Batches
 from embedjax.data.columns import is_text
@@ -23,23 +23,23 @@ from embedjax.evaluate import tasks
 from embedjax.evaluate.encode import asked
 from embedjax.evaluate.tasks.heads import HeadData, head_of
 from embedjax.export import check_format
-from embedjax.load import heads_of, make_texts, resolve_tower, tokenizer_folders
+from embedjax.load import heads_of, make_images, make_texts, resolve_tower, tokenizer_folders
 from embedjax.metrics.pace import train_flops
-from embedjax.models import folders, lora
+from embedjax.models import folders, lora, pictures
 from embedjax.models.classifier import Head
-from embedjax.models.embedder import Embedder, build_embedder
+from embedjax.models.embedder import build_embedder
 from embedjax.models.families.static import LONGEST
 
 # Rows whose text a "wordpiece" tokenizer is trained on: more changes its pieces little and costs seconds.
 TOKENIZER_ROWS = 8_000
 
-TEXT_COLUMNS = {"anchor", "positive", "negative"}
+ENCODED = {"anchor", "positive", "negative"}
 
 
 class Parts(NamedTuple):
     """What of a run needs no data: embedders, optimiser, the shapes and places of state and constants, the steps by task."""
 
-    embedders: dict[str, Embedder]
+    embedders: dict[str, Any]
     tx: optax.GradientTransformation
     abstract: step.TrainState
     constants: dict
@@ -56,7 +56,7 @@ class Run:
     texts: dict[str, Texts]
     mined: dict[str, Mined]
     batches: Batches
-    embedders: dict[str, Embedder]
+    embedders: dict[str, Any]
     init: Callable[[], tuple[step.TrainState, dict]]
     abstract: step.TrainState
     constants: dict
@@ -101,7 +101,7 @@ def _check_towers(config: Config) -> None:
             'Dense(..., activation="identity")'
         )
     for name in model.encoders:
-        if model.towers[name].max_length == LONGEST and not config.data.buckets:
+        if getattr(model.towers[name], "max_length", 0) == LONGEST and not config.data.buckets:
             raise ConfigError(f"tower {name!r} takes texts of any length, but batches are of one: set its max_length")
     _ = model.similarity  # raises where towers differ
     if config.export.format != "none":
@@ -128,6 +128,7 @@ def _check_prompts(config: Config) -> None:
     """A set's prompt must be one of a tower that reads it, for one side at least."""
     for task in config.data.sets:
         towers = {column: config.model.towers[config.model.tower_of(column)] for column in task.names if is_text(column)}
+        towers = {column: tower for column, tower in towers.items() if isinstance(tower, Tower)}
         if task.prompt and not any(tower.prompt_named(task.prompt, column) for column, tower in towers.items()):
             known = sorted({name for tower in towers.values() for name in tower.prompts or {}})
             raise ConfigError(
@@ -175,7 +176,8 @@ def build(config: Config, folder: Path) -> Run:
     mesh = sharding.make_mesh(config.mesh)
     _check_sizes(config, mesh)
     sources = {task.name: open_source(task.source) for task in config.data.sets}
-    make_all = lambda: {name: _texts(config, name, tower, sources, folder) for name, tower in config.model.towers.items()}
+    towers = {name: tower for name, tower in config.model.towers.items() if isinstance(tower, Tower)}
+    make_all = lambda: {name: _texts(config, name, tower, sources, folder) for name, tower in towers.items()}
     texts = distributed.in_turn("making the tokenizers", make_all, config.distributed.meet)
     mined = {task.name: Mined(task, sources[task.name], folder / "mined") for task in config.data.sets if task.mine}
     batches = _batches(config, sources, mined, texts, folder, mesh)
@@ -187,7 +189,7 @@ def build(config: Config, folder: Path) -> Run:
 def parts(config: Config, mesh: jax.sharding.Mesh) -> Parts:
     """What of a run needs no data, from a resolved config. The mesh may be of devices that are not here."""
     _check_sizes(config, mesh)
-    embedders = {name: build_embedder(tower) for name, tower in config.model.towers.items()}
+    embedders: dict[str, Any] = {name: build_embedder(tower) for name, tower in config.model.towers.items()}
     objectives = {task.name: objective.make(task, config.model, embedders, mesh) for task in config.data.tasks}
     shapes = jax.eval_shape(functools.partial(_random_params, config, embedders))
     trained_shapes, frozen = _partition(config, shapes)
@@ -223,13 +225,13 @@ def _check_sizes(config: Config, mesh: jax.sharding.Mesh) -> None:
         if size % (devices * parts):
             raise ConfigError(f"data.batch_size {size} is not divisible by {devices} devices x optim.{name} {parts}")
     for name, tower in config.model.towers.items():
-        if isinstance(tower.arch, Transformer) and tower.arch.heads % mesh.shape["tensor"]:
+        if isinstance(tower.arch, Transformer | Vit) and tower.arch.heads % mesh.shape["tensor"]:
             raise ConfigError(
                 f"mesh.tensor {mesh.shape['tensor']} does not divide the {tower.arch.heads} heads of tower {name!r}"
             )
 
 
-def _random_params(config: Config, embedders: dict[str, Embedder]) -> dict:
+def _random_params(config: Config, embedders: dict[str, Any]) -> dict:
     """Random parameters of all towers and losses; every tower has a key of its own."""
     key = jax.random.key(config.seed)
     towers = {}
@@ -242,7 +244,7 @@ def _random_params(config: Config, embedders: dict[str, Embedder]) -> dict:
     return {"towers": towers, **({"loss": losses} if losses else {})}
 
 
-def _loss_params(config: Config, embedders: dict[str, Embedder]) -> dict:
+def _loss_params(config: Config, embedders: dict[str, Any]) -> dict:
     key, losses = jax.random.key(config.seed), {}
     for i, task in enumerate(config.data.tasks, len(embedders)):
         losses |= objective.loss_params(task, config.model, embedders, jax.random.fold_in(key, i))
@@ -256,7 +258,9 @@ def _init(config: Config, embedders, tx, mesh) -> tuple[step.TrainState, dict]:
     params = jax.jit(make, out_shardings=sharding.shardings(jax.eval_shape(make), mesh))()
     for name, tower in config.model.towers.items():
         if tower.init:
-            read = folders.read_params(folders.resolve(tower.init), tower)
+            folder = folders.resolve(tower.init)
+            image = isinstance(tower, ImageTower)
+            read = pictures.read_params(folder, "image", tower.arch) if image else folders.read_params(folder, tower)
             params["towers"][name] = sharding.put({"towers": {name: _overlay(params["towers"][name], read)}}, mesh)["towers"][
                 name
             ]
@@ -301,31 +305,36 @@ def _training_text(config: Config, sources: dict) -> Iterator[str]:
     """The text columns of evenly spaced training rows."""
     for task in config.data.sets:
         source = sources[task.name]
+        reads = lambda name: is_text(name) and isinstance(config.model.towers[config.model.tower_of(name)], Tower)
+        columns = [theirs for ours, theirs in task.columns.items() if reads(ours)]
         stride = max(1, len(source) // TOKENIZER_ROWS)
         for i in range(0, len(source), stride):
             try:
                 row = source[i]
             except BadRow:
                 continue
-            yield from (row[c] for name, c in task.columns.items() if is_text(name) and isinstance(row.get(c), str))
+            for value in map(row.get, columns):
+                yield from (text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str))
 
 
 def _batches(
     config: Config, sources: dict, mined: dict[str, Mined], texts: dict[str, Texts], folder: Path, mesh: jax.sharding.Mesh
 ) -> Batches:
-    columns = {name.partition("_")[0] for task in config.data.sets for name in task.names} & TEXT_COLUMNS
+    columns = {name.partition("_")[0] for task in config.data.sets for name in task.names} & ENCODED
     towers = {column: config.model.tower_of(column) for column in columns}
+    found = {column: config.model.towers[tower] for column, tower in towers.items()}
     part, parts = sharding.share(mesh)
     return Batches(
         config.data,
         [sources[task.name] for task in config.data.sets],
-        {column: texts[tower] for column, tower in towers.items()},
+        {column: texts[tower] for column, tower in towers.items() if tower in texts},
         [
-            {column: config.model.towers[tower].prompt_for(column, task.prompt) for column, tower in towers.items()}
+            {column: tower.prompt_for(column, task.prompt) for column, tower in found.items() if isinstance(tower, Tower)}
             for task in config.data.sets
         ],
         seed=config.seed,
         steps=config.steps,
+        images={column: make_images(tower) for column, tower in found.items() if isinstance(tower, ImageTower)},
         mined=mined,
         process_index=part,
         process_count=parts,
@@ -336,17 +345,26 @@ def _batches(
 def step_flops(run: Run, columns: Mapping[str, Any]) -> float:
     """FLOPs of a training step on a batch of these columns; frozen layers count as trained ones."""
     total = 0.0
-    for name in TEXT_COLUMNS & columns.keys():
+    for name in ENCODED & columns.keys():
         arch = run.config.model.towers[run.config.model.tower_of(name)].arch
         assert arch is not None
-        *rows, length = columns[name]["ids"].shape
-        total += train_flops(arch, math.prod(rows), length)
+        rows, length = column_size(arch, columns[name])
+        total += train_flops(arch, rows, length)
     return total
 
 
+def column_size(arch: Architecture | ImageArchitecture, column: Mapping[str, Any]) -> tuple[int, int]:
+    """(texts or pictures, tokens or patches of each) of a column."""
+    if "pixels" in column:
+        return math.prod(column["pixels"].shape[:-3]), arch.tokens  # pyright: ignore[reportAttributeAccessIssue]
+    *rows, length = column["ids"].shape
+    return math.prod(rows), length
+
+
 def shape_name(task: str, columns: Mapping[str, Any]) -> str:
-    """A name for the compiled step of a batch: its task and the shapes of its texts."""
-    return " ".join([task, *("x".join(map(str, columns[name]["ids"].shape)) for name in sorted(TEXT_COLUMNS & columns.keys()))])
+    """A name for the compiled step of a batch: its task and the shapes of its texts and pictures."""
+    shapes = (next(iter(columns[name].values())).shape for name in sorted(ENCODED & columns.keys()))
+    return " ".join([task, *("x".join(map(str, shape)) for shape in shapes)])
 
 
 def summary(run: Run) -> str:

@@ -12,13 +12,16 @@ from safetensors.numpy import load_file, save_file
 
 from embedjax import config as configs
 from embedjax import saves
-from embedjax.config import ROLES, Static, Tower, serialize
+from embedjax.config import ROLES, ClipText, ImageTower, Pixels, Static, Tower, serialize
 from embedjax.config.errors import ConfigError, StorageError
+from embedjax.data.image import Images
+from embedjax.data.image import check as check_images
 from embedjax.data.text import Texts, load_tokenizer
-from embedjax.models import folders, layout, lora
+from embedjax.models import folders, layout, lora, pictures
 from embedjax.models.classifier import Head, read_heads
 from embedjax.models.embedder import Embedder, build_embedder
 from embedjax.models.families import family_of
+from embedjax.models.image import ImageEmbedder
 from embedjax.objective import combine
 
 
@@ -26,13 +29,13 @@ from embedjax.objective import combine
 class Model:
     """A model ready to encode.
 
-    `params` is `{"towers": {name: ...}}` on the host or on devices; `texts` turns strings into ids, a tower each, and
-    `tokenizers` are the folders of their files; `origin` says where it came from, `details` what is known of its training;
+    `params` is `{"towers": {name: ...}}` on the host or on devices; `texts` turns strings into ids, and `tokenizers` are the
+    folders of their files, for each tower of texts; `origin` says where it came from, `details` what is known of its training;
     `heads` tell classes, each by the name of the set that trained it.
     """
 
     config: configs.Model
-    embedders: Mapping[str, Embedder]
+    embedders: Mapping[str, Embedder | ImageEmbedder]
     params: Mapping[str, Any]
     texts: Mapping[str, Texts]
     tokenizers: Mapping[str, Path]
@@ -51,13 +54,25 @@ def load(name: str | Path) -> Model:
     if run and is_run(Path(run)):
         return _from_run(Path(run), which)
     folder = folders.resolve(str(name))
+    if len(pictures.sides(folder)) == 2:
+        return _from_pair(folder, str(name))
     routes = layout.routes(folder)
     towers = {name: folders.read_tower(part) for name, part in (routes or {"text": folder}).items()}
     params = {"towers": {name: folders.read_params(tower.init, tower) for name, tower in towers.items()}}
     tokenizers = {name: Path(tower.tokenizer) for name, tower in towers.items()}
     texts = {name: make_texts(tower, tokenizers[name]) for name, tower in towers.items()}
     columns = {column: role for role, column in ROLES.items()} if routes else {}
-    return assemble(configs.Model(towers, columns), params, texts, tokenizers, str(name), heads=read_heads(folder))
+    return assemble(configs.Model({**towers}, columns), params, texts, tokenizers, str(name), heads=read_heads(folder))
+
+
+def _from_pair(folder: Path, origin: str) -> Model:
+    """A model of pictures and texts, which searches pictures by texts."""
+    image, text = pictures.read_image_tower(folder), folders.read_tower(folder)
+    params = {"image": pictures.read_params(folder, "image", image.arch), "text": folders.read_params(folder, text)}
+    tokenizers = {"text": Path(text.tokenizer)}
+    texts = {"text": make_texts(text, tokenizers["text"])}
+    model = configs.Model({"image": image, "text": text}, {"anchor": "text", "positive": "image"})
+    return assemble(model, {"towers": params}, texts, tokenizers, origin)
 
 
 def assemble(
@@ -117,6 +132,11 @@ def make_texts(tower: Tower, tokenizer: Path) -> Texts:
     size = loaded.get_vocab_size()
     if size > tower.arch.vocab_size:
         raise ConfigError(f"{tokenizer}: the tokenizer has {size} tokens; the tower's vocab_size is {tower.arch.vocab_size}")
+    if isinstance(tower.arch, ClipText) and (last := loaded.encode("").ids[-1:]) != [tower.arch.eos_id]:
+        raise ConfigError(
+            f"{tokenizer}: the tokenizer ends a text with token {last[0] if last else 'none'}; ClipText.eos_id is "
+            f"{tower.arch.eos_id}, where other readers would pool"
+        )
     return Texts(
         tokenizer=loaded,
         max_length=tower.max_length,
@@ -124,14 +144,45 @@ def make_texts(tower: Tower, tokenizer: Path) -> Texts:
         default_prompt=tower.default_prompt or None,
         include_prompt=tower.include_prompt is not False,
         pad_id=tower.arch.pad_id,
+        fills=tower.arch.fills,
     )
 
 
-def resolve_tower(tower: Tower, known: Tower | None = None) -> Tower:
+def make_images(tower: ImageTower) -> Images:
+    """What turns pictures into the inputs of a resolved tower. Raises ConfigError when its sizes do not fit."""
+    assert tower.arch is not None and tower.pixels is not None
+    made = Images(tower.arch.image, tower.pixels, tower.augment)
+    check_images(made)
+    return made
+
+
+def resolve_image_tower(tower: ImageTower, known: ImageTower | None = None) -> ImageTower:
+    """An image tower without None, as `resolve_tower` makes one of texts."""
+    if known is not None and known.init == tower.init:
+        base = known
+    elif tower.init:
+        base = pictures.read_image_tower(folders.resolve(tower.init))
+    else:
+        base = ImageTower(tower.arch, pixels=Pixels(), dense=(), normalize=True, similarity="cosine")
+    given = {f.name: getattr(tower, f.name) for f in dataclasses.fields(tower)}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    if tower.similarity == "dot":
+        chosen.setdefault("normalize", False)
+    return dataclasses.replace(base, **chosen)
+
+
+def resolve_tower(tower: Tower | ImageTower, known: Tower | ImageTower | None = None) -> Tower | ImageTower:
     """A tower without None: what it leaves open comes from the folder of `init`, else from the defaults.
 
     `known` is the same tower as a run resolved it earlier; then the folder is not asked and need no longer be there.
     """
+    if isinstance(tower, ImageTower):
+        return resolve_image_tower(tower, known if isinstance(known, ImageTower) else None)
+    return resolve_text_tower(tower, known if isinstance(known, Tower) else None)
+
+
+def resolve_text_tower(tower: Tower, known: Tower | None = None) -> Tower:
+    """`resolve_tower` of a tower of texts."""
     if known is not None and known.init == tower.init:
         base = known
     elif tower.init:
@@ -178,8 +229,8 @@ def is_run(path: Path) -> bool:
 
 
 def tokenizer_folders(run: Path, model: configs.Model) -> dict[str, Path]:
-    """Where a run keeps the tokenizer of each tower."""
-    return {name: run / "tokenizer" / name for name in model.towers}
+    """Where a run keeps the tokenizer of each tower of texts."""
+    return {name: run / "tokenizer" / name for name, tower in model.towers.items() if isinstance(tower, Tower)}
 
 
 def best_metric(config: configs.Config) -> str | None:
@@ -193,7 +244,9 @@ def _from_run(path: Path, which: str) -> Model:
     params, step = saves.read(path, which, best_metric(config))
     params = combine(params, read_constants(path))
     tokenizers = tokenizer_folders(path, config.model)
-    texts = {name: make_texts(tower, tokenizers[name]) for name, tower in config.model.towers.items()}
+    texts = {
+        name: make_texts(tower, tokenizers[name]) for name, tower in config.model.towers.items() if isinstance(tower, Tower)
+    }
     details = {"config": config, "step": step, "run": str(path)}
     return assemble(config.model, params, texts, tokenizers, str(path), details, heads_of(config, params))
 

@@ -29,8 +29,9 @@ DECAY: tuple[tuple[str, bool], ...] = (
     (r"/bias$", False),
 )
 
-# Tables and their norm, whose outputs the first layer reads. MPNet's table of relative positions is read by all layers.
-UNDER_LAYERS = r"^towers/([^/]+)/encoder/(?:tokens|positions|types|norm)/"
+# What makes the input of the first layer: tables, the projection of patches, their norm. MPNet's table of relative positions is
+# read by all layers.
+UNDER_LAYERS = r"^towers/([^/]+)/encoder/(?:tokens|positions|types|norm|patches|class|registers)/"
 
 # What a loss itself learns besides a head: with these alone no vector changes.
 OF_THE_LOSS = ("loss/scale", "loss/bias")
@@ -150,7 +151,7 @@ def constant(model: Model, sets: Sequence[Set]) -> tuple[str, ...]:
             found.append(f"{start}/encoder/")
             found += [f"{start}/lora/{re.escape(adapter)}/" for adapter in tower.lora if adapter not in trained]
         elif tower.freeze_layers:
-            found.append(f"{start}/encoder/(?:tokens|positions|types|norm|relative)/")
+            found.append(f"{start}/encoder/(?:tokens|positions|types|norm|relative|patches|class|registers)/")
     return tuple(found)
 
 

@@ -22,11 +22,16 @@ BATCH_AXES = ("data", "fsdp")
 # split: columns on the way in, rows on the way out, one sum over `tensor` a block (Shoeybi et al. 2019, section 3).
 RULES: tuple[tuple[str, P], ...] = (
     (r"(tokens|positions|types)/embedding$", P(None, ("fsdp", "tensor"))),
-    (r"relative/embedding$", P()),
+    (r"(relative|class|registers|probe)/embedding$", P()),
+    (r"patches/kernel$", P(None, "fsdp")),
     (r"blocks/.*(query|key|value|up)/kernel$", P(None, "fsdp", "tensor")),
     (r"blocks/.*(out|down)/kernel$", P(None, "tensor", "fsdp")),
     (r"blocks/.*(query|key|value|up)/bias$", P(None, "tensor")),
+    (r"head/.*(query|key|value|up)/kernel$", P("fsdp", "tensor")),  # of pictures: one layer, so not stacked
+    (r"head/.*(out|down)/kernel$", P("tensor", "fsdp")),
+    (r"head/.*(query|key|value|up)/bias$", P("tensor")),
     (r"dense/\d+/kernel$", P("fsdp", None)),
+    (r"/lora/[^/]+/(head|patches)/.*/[ab]$", P()),
     # A pair of low rank lies as its product does: no pair is moved to make it.
     (r"/lora/.*(query|key|value|up)/kernel/a$", P(None, "fsdp")),
     (r"/lora/.*(query|key|value|up)/kernel/b$", P(None, None, "tensor")),

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from embedjax import config, objective, sharding
+from embedjax import config, objective, optim, sharding
 from embedjax.config.errors import ConfigError
 from embedjax.models import lora
 from embedjax.models.embedder import Embedder
+from embedjax.models.image import ImageEmbedder
 
 PRESETS = [
     config.Bert(vocab_size=64, width=16, depth=2, heads=2, mlp=32, positions=16),
@@ -20,10 +21,19 @@ PRESETS = [
     config.DistilBert(vocab_size=64, width=16, depth=2, heads=2, mlp=32, positions=16),
     config.Mpnet(vocab_size=64, width=16, depth=2, heads=2, mlp=32, positions=16),
     config.ModernBert(vocab_size=64, width=16, depth=3, heads=2, mlp=32, positions=16, pad_id=0),
+    config.ClipText(vocab_size=64, width=16, depth=2, heads=2, mlp=32, positions=16),
+    config.SiglipText(vocab_size=64, width=16, depth=2, heads=2, mlp=32, positions=16),
+    config.Vit(image=8, patch=4, width=16, depth=2, heads=2, mlp=32, pool="map", registers=2),
+    config.Vit(image=8, patch=4, width=16, depth=2, heads=2, mlp=32, input_norm=True),
 ]
 
 
 def params(arch):
+    if isinstance(arch, config.Vit):
+        tower = jax.eval_shape(ImageEmbedder(arch, dense=(config.Dense(8),)).init, jax.random.key(0))
+        adapters = {"wide": config.Lora(2, paths="kernel")}
+        tower["lora"] = jax.eval_shape(lambda key: lora.init(adapters, tower["encoder"], key), jax.random.key(0))
+        return {"towers": {"image": tower}, "loss": {"scale": jax.ShapeDtypeStruct((), "f4")}}
     embedder = Embedder(arch, dense=(config.Dense(8),))
     tower = jax.eval_shape(embedder.init, jax.random.key(0))
     adapters = {"wide": config.Lora(2, paths="blocks/")}
@@ -54,6 +64,19 @@ def test_every_parameter_matches_and_no_rule_is_idle():
             sharding.spec(path, shape, mesh)
             used.add(next((rule for rule, _ in sharding.RULES if sharding.re.search(rule, path))))
     assert used == {rule for rule, _ in sharding.RULES}
+
+
+@pytest.mark.parametrize("arch", PRESETS, ids=lambda a: type(a).__name__)
+def test_every_parameter_has_one_decay_rule_and_all_under_the_layers_is_known(arch):
+    tree = params(arch)
+    decays, found = optim.decays(tree), paths(tree)
+    for path, decay in zip(found, jax.tree.leaves(decays), strict=True):
+        small = path.endswith(("bias", "scale")) or "relative" in path
+        assert decay != small, path
+    rates = dict(zip(found, jax.tree.leaves(optim.layers(tree, 0.5, {})), strict=True))
+    above = r"/encoder/(final_norm|head|relative)/"
+    lowest = {path for path in found if "/encoder/" in path and "/blocks/" not in path and not re.search(above, path)}
+    assert lowest and all(rates[path] == 0.5 ** (arch.depth + 1) for path in lowest)
 
 
 def test_an_unknown_parameter_is_refused():

@@ -1,6 +1,7 @@
 """Typed configs: frozen dataclasses that are replaced, never mutated. Imports no jax and no numpy."""
 
-from embedjax.config.data import Data, File, Functions, Set, Source, Tfds
+from embedjax.config.data import Data, File, Functions, Glyphs, Pictures, Set, Source, Tar, Tfds
+from embedjax.config.image import VITS, Augment, ImageArchitecture, ImageTower, Pixels, Vit
 from embedjax.config.losses import (
     AnglE,
     BatchAll,
@@ -38,13 +39,14 @@ from embedjax.config.model import (
     ROLES,
     Architecture,
     Bert,
+    ClipText,
     Dense,
     DistilBert,
     Lora,
-    Model,
     ModernBert,
     Mpnet,
     Roberta,
+    SiglipText,
     Similarity,
     Static,
     Tower,
@@ -64,10 +66,12 @@ from embedjax.config.tasks import (
     Task,
     TripletAccuracy,
 )
+from embedjax.config.towers import Model
 
 __all__ = [
     "AnglE",
     "Architecture",
+    "Augment",
     "BatchAll",
     "BatchHard",
     "BatchHardSoftMargin",
@@ -79,6 +83,7 @@ __all__ = [
     "Classification",
     "Classify",
     "ClassifyPair",
+    "ClipText",
     "Clustering",
     "CoSent",
     "Config",
@@ -94,8 +99,11 @@ __all__ = [
     "File",
     "Functions",
     "GlobalOrthogonal",
+    "Glyphs",
     "Group",
     "HeadAccuracy",
+    "ImageArchitecture",
+    "ImageTower",
     "InBatch",
     "KlDistillation",
     "KnnClassification",
@@ -116,6 +124,8 @@ __all__ = [
     "OnlineContrastive",
     "Optim",
     "PairClassification",
+    "Pictures",
+    "Pixels",
     "Pooled",
     "ROLES",
     "Reranking",
@@ -123,12 +133,14 @@ __all__ = [
     "Roberta",
     "Set",
     "Siglip",
+    "SiglipText",
     "Similarity",
     "Source",
     "Static",
     "Sts",
     "Sum",
     "SupCon",
+    "Tar",
     "Task",
     "Taught",
     "Tfds",
@@ -136,5 +148,7 @@ __all__ = [
     "Transformer",
     "Triplet",
     "TripletAccuracy",
+    "VITS",
     "VectorDistillation",
+    "Vit",
 ]

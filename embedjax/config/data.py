@@ -7,9 +7,9 @@ from typing import Literal
 from embedjax.config.errors import ConfigError
 from embedjax.config.losses import Loss, MultipleNegatives
 from embedjax.config.mine import Mine
-from embedjax.config.sources import File, Functions, Source, Tfds
+from embedjax.config.sources import File, Functions, Glyphs, Pictures, Source, Tar, Tfds
 
-__all__ = ["Data", "File", "Functions", "Set", "Source", "Tfds"]
+__all__ = ["Data", "File", "Functions", "Glyphs", "Pictures", "Set", "Source", "Tar", "Tfds"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Set:
     """Names of the classes, in the order of their numbers, where the column `label` holds names or lists."""
     weight: float = 1.0
     """How often it is drawn, relative to the other sets, with data.mixing "weights"."""
+    several: tuple[str, ...] = ()
+    """Columns of texts that hold a list, such as the captions of a picture, of which each step draws one."""
     mine: Mine | None = None
     """Hard negatives that the model finds in training, in place of columns of the source."""
 

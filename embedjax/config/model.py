@@ -1,13 +1,13 @@
-"""What a model is made of: architectures, heads and named towers. Sizes never come from data."""
+"""What towers of texts are made of: architectures, heads, adapters. Sizes never come from data."""
 
 import dataclasses
 import math
 import re
 from typing import Literal
 
-from embedjax.config.errors import ConfigError, nearest
+from embedjax.config.errors import ConfigError
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 PoolingName = Literal["mean", "cls", "max", "weightedmean", "lasttoken"]
 Dtype = Literal["float32", "bfloat16"]
 Similarity = Literal["cosine", "dot"]
@@ -60,6 +60,11 @@ class Transformer:
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{type(self).__name__}.{name} is {getattr(self, name)}; it must be in [0, 1)")
+
+    @property
+    def fills(self) -> bool:
+        """Whether texts are padded to max_length and padding counts as any token does."""
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +136,52 @@ class ModernBert(Transformer):
 
 
 @dataclasses.dataclass(frozen=True)
+class ClipText(Transformer):
+    """CLIP's text tower (Radford et al. 2021): pre-norm and causal; a text's vector is that of its last token ("lasttoken")."""
+
+    vocab_size: int = 49408
+    """Rows of the token table (V). The tokenizer must not be larger."""
+    width: int = 512
+    """Width of the residual stream (D)."""
+    heads: int = 8
+    """Attention heads (H); must divide the width."""
+    mlp: int = 2048
+    """Width inside the feed-forward part (F)."""
+    positions: int = 77
+    """Rows of the position table: the longest text."""
+    activation: Activation = "quick_gelu"
+    """Activation of the feed-forward part."""
+    norm_eps: float = 1e-5
+    """Added to the variance in layer normalisation."""
+    pad_id: int = 49407
+    """Token id of padding."""
+    eos_id: int = 49407
+    """Token id that the tokenizer ends a text with: other readers of the folder pool where it stands first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipText(Transformer):
+    """SigLIP's text tower (Zhai et al. 2023): pre-norm; a text's vector is that of the last place ("lasttoken"), which is
+    padding in most."""
+
+    vocab_size: int = 32000
+    """Rows of the token table (V). The tokenizer must not be larger."""
+    positions: int = 64
+    """Rows of the position table: the longest text."""
+    activation: Activation = "gelu_tanh"
+    """Activation of the feed-forward part."""
+    norm_eps: float = 1e-6
+    """Added to the variance in layer normalisation."""
+    pad_id: int = 1
+    """Token id of padding."""
+
+    @property
+    def fills(self) -> bool:
+        """Whether texts are padded to max_length and padding counts as any token does."""
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
 class Static:
     """A table of token vectors and no layers: a text is the mean of its tokens' vectors, without special tokens. It encodes
     hundreds of times faster than a transformer (sentence-transformers' StaticEmbedding, model2vec)."""
@@ -154,8 +205,13 @@ class Static:
         """Number of layers."""
         return 0
 
+    @property
+    def fills(self) -> bool:
+        """Whether texts are padded to max_length and padding counts as any token does."""
+        return False
 
-Architecture = Bert | Roberta | DistilBert | Mpnet | ModernBert | Static
+
+Architecture = Bert | Roberta | DistilBert | Mpnet | ModernBert | ClipText | SiglipText | Static
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,56 +333,3 @@ class Tower:
 
 def _side(column: str) -> str:
     return "query" if ROLES.get(column, column) == "anchor" else "document"
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """Named towers, and which column each one encodes."""
-
-    towers: dict[str, Tower] = dataclasses.field(default_factory=dict)
-    """Towers by name."""
-    columns: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Tower of each column, such as {"anchor": "query", "positive": "document"}, whose tower encodes negatives too; with one
-    tower that encodes every column is its."""
-
-    def __post_init__(self):
-        for name in self.towers:
-            if not re.fullmatch(r"[\w.-]+", name):
-                raise ConfigError(f"the tower {name!r} needs a name of letters, digits, '_', '.' and '-'")
-        for column, name in self.columns.items():
-            if column not in TEXTS:
-                raise ConfigError(f"model.columns has no column {column!r}; {nearest(column, TEXTS)}")
-            if name not in self.towers:
-                raise ConfigError(f"model.columns gives {column!r} to tower {name!r}; {nearest(name, self.towers)}")
-
-    @property
-    def encoders(self) -> tuple[str, ...]:
-        """The towers that encode a column: all but those that only guide a loss."""
-        return tuple(sorted(set(self.columns.values()) or self.towers))
-
-    @property
-    def routes(self) -> dict[str, str]:
-        """The towers of the finished model: {"text": name} for one, else {"query": name, "document": name}."""
-        if len(self.encoders) == 1:
-            return {"text": self.encoders[0]}
-        return {role: self.tower_of(role) for role in ROLES}
-
-    @property
-    def similarity(self) -> Similarity:
-        """How vectors are compared. Raises ConfigError when towers disagree."""
-        found: dict[str, Similarity] = {name: self.towers[name].similarity or "cosine" for name in self.encoders}
-        if len(set(found.values())) > 1:
-            raise ConfigError(f"the towers' vectors are compared with each other, but their similarities differ: {found}")
-        return found[self.encoders[0]]
-
-    def tower_of(self, column: str) -> str:
-        """The name of the tower that encodes a column. `negative_2` follows `negative`, and that, if it is not named,
-        `positive`; "query" is the tower of anchors, "document" that of positives."""
-        column = ROLES.get(column, column).partition("_")[0]
-        if column == "negative" and column not in self.columns:
-            column = "positive"
-        if column in self.columns:
-            return self.columns[column]
-        if len(self.encoders) == 1:
-            return self.encoders[0]
-        raise ConfigError(f"model.columns names no tower for column {column!r}; it has {sorted(self.columns)}")

@@ -9,8 +9,8 @@ from typing import Literal
 
 from embedjax.config.data import Data
 from embedjax.config.errors import ConfigError
-from embedjax.config.model import Model
 from embedjax.config.tasks import Task
+from embedjax.config.towers import Model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,6 +77,8 @@ class Retrieval(Rows):
     corpus_columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"id": "_id", "title": "title", "text": "text"})
     """Columns of `corpus`; the title, if named, is put before the text. A file or row without "title" has none; one of another
     name must be there."""
+    pictures: tuple[str, ...] = ()
+    """Of query and document those that are pictures (without a corpus)."""
     skip_same_id: bool = False
     """Leave out of each query's ranking the document of the same id: queries that are taken from the corpus (ArguAna, Quora, as
     BEIR and mteb score them) would find themselves first."""

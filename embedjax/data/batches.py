@@ -15,6 +15,7 @@ from embedjax.config import Data
 from embedjax.config.errors import ConfigError, DataError
 from embedjax.data.bad import BadRecords, stand_ins
 from embedjax.data.columns import Layout, Values, hash_texts, make_layout, read_rows, tower_column
+from embedjax.data.image import Images, hash_pictures
 from embedjax.data.lengths import length_index
 from embedjax.data.mined import Mined
 from embedjax.data.mixture import make_order
@@ -39,8 +40,8 @@ class Batches:
     is one integer, and n processes hold n slices of the same global batch.
 
     `sources` are the opened sources of `data.sets` in their order, and so are `prompts`, each the names of a set's prompts, or
-    None for the tower's default. These and `texts` are keyed by the columns anchor, positive and negative (which serves
-    negative_2, ... too).
+    None for the tower's default. These, `texts` and `images` are keyed by the columns anchor, positive and negative (which
+    serves negative_2, ... too).
     `mined` holds the sets whose hard negatives are mined in the run, by name.
     `run_folder` keeps `lengths/` (only with several buckets) and `bad_records.jsonl`; None keeps neither.
     Raises ConfigError for columns or buckets that do not fit, DataError for missing columns or too little data.
@@ -55,6 +56,7 @@ class Batches:
         *,
         seed: int,
         steps: int,
+        images: Mapping[str, Images] | None = None,
         mined: Mapping[str, Mined] | None = None,
         process_index: int = 0,
         process_count: int = 1,
@@ -72,8 +74,9 @@ class Batches:
             raise DataError(f"the sets have {sum(counts.values())} rows, fewer than data.batch_size {data.batch_size}")
         self.data, self.sources, self.texts, self.steps = data, sources, texts, steps
         self.prompts = prompts or [{}] * len(sources)
-        self.mined = mined or {}
-        self.layouts = [make_layout(which, source) for which, source in zip(data.sets, sources, strict=True)]
+        self.mined, self.images, self.seed = mined or {}, images or {}, seed
+        least = {column: one.least for column, one in self.images.items()}
+        self.layouts = [make_layout(which, source, least) for which, source in zip(data.sets, sources, strict=True)]
         if data.draw == "rows":
             _refuse_other_arrays(data, self.layouts)
         self.table = _table(data, self.layouts, texts)
@@ -103,7 +106,7 @@ class Batches:
     def batch(self, step: int) -> Batch:
         """This process' rows of the batch of a step. Raises DataError when bad rows are too many. Thread-safe."""
         draw = self.order.at(step)
-        columns = self._assemble(draw.set, draw.bucket, self._values(step, draw, self._mine))
+        columns = self._assemble(draw.set, draw.bucket, self._values(step, draw, self._mine), step)
         columns["row"] = np.arange(self._mine.start, self._mine.stop, dtype=np.int32)
         masks = [column["mask"] for column in columns.values() if isinstance(column, dict) and "mask" in column]
         with self._lock:
@@ -177,7 +180,7 @@ class Batches:
         for at, values in zip(sets, self._values(None, draw, part), strict=True):
             shown = {}
             for name in self.layouts[int(at)].texts:
-                tower, text = tower_column(name), str(values[name])
+                tower, (text,) = tower_column(name), self._one_of(step, name, [values[name]])
                 length = lengths[0] if name == "anchor" else lengths[1]
                 column = self.texts[tower].encode([text], length=length, prompt=self.prompts[int(at)].get(tower))
                 ids = column["ids"][column["mask"]].tolist()
@@ -215,8 +218,8 @@ class Batches:
                 values.update(zip(layout.mined, self.mined[name].texts(step, read[row]), strict=True))
         return [good[int(row)] for row in rows]
 
-    def _assemble(self, at: int, bucket: int, values: list[Values]) -> dict[str, Any]:
-        """The columns of these rows, but for "row". One call of the tokenizer a column, one for all hard negatives."""
+    def _assemble(self, at: int, bucket: int, values: list[Values], step: int = 0) -> dict[str, Any]:
+        """The columns of a step's rows, but for "row". One call of the tokenizer a column, one for all hard negatives."""
         layout, (anchor, document) = self.layouts[at], self.table[bucket]
         # Losses that mask whole words say so; others are spared the slower tokenizer.
         words = {"words": True} if getattr(self.data.sets[at].loss, "words", False) else {}
@@ -225,22 +228,42 @@ class Batches:
             sources = layout.negatives if name == "negative" else [name]
             if name not in layout.names:
                 continue
-            texts = [str(row[source]) for row in values for source in sources]
-            length = anchor if name == "anchor" else document
-            encoded = self.texts[name].encode(texts, length=length, prompt=self.prompts[at].get(name), **words)
             front = (len(values), len(sources)) if name == "negative" else (len(values),)
+            if name in self.images:
+                pictures = [row[source] for row in values for source in sources]
+                encoded = self.images[name].vary([p.decoded for p in pictures], self._seeds(step, name, len(pictures)))
+                hashes = hash_pictures([p.encoded for p in pictures])
+            else:
+                length = anchor if name == "anchor" else document
+                texts = self._one_of(step, name, [row[source] for row in values for source in sources])
+                encoded = self.texts[name].encode(texts, length=length, prompt=self.prompts[at].get(name), **words)
+                hashes = hash_texts(texts)
             columns[name] = {key: leaf.reshape(*front, *leaf.shape[1:]) for key, leaf in encoded.items()}
-            columns["hash"][name] = hash_texts(texts).reshape(*front, 2)
+            columns["hash"][name] = hashes.reshape(*front, 2)
         return columns | layout.arrays(values)
+
+    def _seeds(self, step: int, name: str, count: int) -> list[tuple[int, ...]]:
+        """One seed an item of a column, by its place in the global batch: hosts may be any number."""
+        first = self._mine.start * (count // max(1, self._mine.stop - self._mine.start))
+        column = ("anchor", "positive", "negative").index(name)
+        return [(self.seed, step, column, first + n) for n in range(count)]
+
+    def _one_of(self, step: int, name: str, values: Sequence[Any]) -> list[str]:
+        """The texts; of several one is drawn."""
+        if not any(isinstance(value, list) for value in values):
+            return [str(value) for value in values]
+        draw = lambda value, seed: value[np.random.default_rng(seed).integers(len(value))] if isinstance(value, list) else value
+        return [str(draw(value, seed)) for value, seed in zip(values, self._seeds(step, name, len(values)), strict=True)]
 
 
 def _table(data: Data, layouts: Sequence[Layout], texts: Mapping[str, Texts]) -> Table:
     """The buckets, or one of the towers' maxima. Raises ConfigError for a bucket longer than a tower takes."""
-    used = list(dict.fromkeys(tower_column(name) for layout in layouts for name in layout.names))
+    used = list(dict.fromkeys(tower_column(name) for layout in layouts for name in (*layout.texts, *layout.mined)))
     if unknown := [name for name in used if name not in texts]:
         raise ConfigError(f"no tower encodes the column {unknown[0]!r}; towers are given for {sorted(texts)}")
-    anchor = texts["anchor"].max_length
-    document = min((texts[name].max_length for name in used if name != "anchor"), default=anchor)
+    longest = lambda names: min((texts[name].max_length for name in names), default=0)
+    anchor, document = longest({"anchor"} & set(used)), longest(set(used) - {"anchor"})
+    anchor, document = anchor or document or 1, document or anchor or 1  # a side of pictures, or none, has any length
     for pair in data.buckets:
         if pair[0] > anchor or pair[1] > document:
             raise ConfigError(

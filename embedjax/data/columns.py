@@ -4,15 +4,18 @@ import dataclasses
 import hashlib
 import math
 import numbers
+import os
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from jaxtyping import UInt32
+from PIL import Image
 
 from embedjax.config import Set
 from embedjax.config.errors import ConfigError, DataError, nearest
+from embedjax.data import image
 from embedjax.data.sources import BadRow, Source, select
 
 TEXT = re.compile(r"anchor|positive|negative(_([2-9]|[1-9]\d+))?")
@@ -22,7 +25,7 @@ SCORE = re.compile(r"score(_([2-9]|[1-9]\d+))?")
 PEEK = 100
 
 Values = dict[str, Any]
-"""One row: our column -> its value: a text, a number, a list of class numbers, a float32 vector."""
+"""One row: our column -> its value: a text or several, a Picture, a number, a list of class numbers, a float32 vector."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +46,25 @@ class Layout:
     """Numbers of a vector."""
     mined: tuple[str, ...] = ()
     """negative, negative_2, ... where the model finds them."""
+    pictures: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Those of anchor, positive, negative, ... that hold pictures."""
+    least: int = 0
+    """What the shorter side of a picture must keep when it is decoded."""
+    root: str = ""
+    """Folder that paths of pictures are relative to; empty for that of their file."""
+    several: frozenset[str] = frozenset()
+    """Columns of texts that hold a list, of which each step draws one."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All columns of texts, mined ones included."""
-        return (*self.texts, *self.mined)
+        """All columns that towers encode, mined ones included: anchor, positive, negative, ... in this order."""
+        given = {**self.texts, **self.pictures}
+        return (*sorted(given, key=_place), *self.mined)
+
+    @property
+    def without_pictures(self) -> "Layout":
+        """The same rows as far as they can be read without decoding a picture."""
+        return dataclasses.replace(self, pictures={})
 
     @property
     def negatives(self) -> tuple[str, ...]:
@@ -79,11 +96,21 @@ class Layout:
         """A row of no meaning, in the shape of the set's."""
         label: Values = {"label": []} if self.lists else {}
         vector: Values = {"vector": np.zeros(self.width, np.float32)} if self.vector else {}
-        return {**dict.fromkeys(self.names, "a"), **dict.fromkeys(self.numbers, 0), **label, **vector}
+        picture = dict.fromkeys(self.pictures, Picture(Image.new("RGB", (self.least or 1, self.least or 1)), b""))
+        return {**dict.fromkeys(self.names, "a"), **picture, **dict.fromkeys(self.numbers, 0), **label, **vector}
 
 
-def make_layout(which: Set, source: Source) -> Layout:
-    """The layout of a set. Raises ConfigError for a column that is not one of ours, DataError for one the source lacks."""
+class Picture(NamedTuple):
+    """A decoded picture and the bytes it was decoded from, by which equal ones are told."""
+
+    decoded: Image.Image
+    encoded: bytes
+
+
+def make_layout(which: Set, source: Source, pictures: Mapping[str, int] | None = None) -> Layout:
+    """The layout of a set; `pictures` are the columns (anchor, positive, negative) that hold pictures, each with the length its
+    shorter side must have. Raises ConfigError for a column that is not one of ours, DataError for one the source lacks."""
+    pictures = pictures or {}
     what, names = f"set {which.name!r}", list(which.columns)
     for name in names:
         if not (TEXT.fullmatch(name) or SCORE.fullmatch(name) or name in ("label", "vector")):
@@ -93,7 +120,11 @@ def make_layout(which: Set, source: Source) -> Layout:
         raise ConfigError(f"{what} has no column anchor; its columns are {names}")
     negatives, scores = _numbered(what, names, "negative", "hard negatives"), _numbered(what, names, "score", "scores")
     select(source, which.columns, what)
-    texts = [name for name in ("anchor", "positive", *negatives) if name in names]
+    encoded = [name for name in ("anchor", "positive", *negatives) if name in names]
+    seen = [name for name in encoded if tower_column(name) in pictures]
+    texts = [name for name in encoded if name not in seen]
+    if odd := [name for name in which.several if name not in texts]:
+        raise ConfigError(f"{what}: several names {odd[0]!r}; its columns of texts are {texts}")
     found = [*scores, *(["label"] if "label" in names else [])]
     layout = Layout(
         {name: which.columns[name] for name in texts},
@@ -101,6 +132,10 @@ def make_layout(which: Set, source: Source) -> Layout:
         which.columns.get("vector", ""),
         {name: number for number, name in enumerate(_classes(which))},
         mined=which.names[len(which.columns) :],
+        pictures={name: which.columns[name] for name in seen},
+        least=max(pictures.values(), default=0),
+        root=getattr(which.source, "root", ""),
+        several=frozenset(which.several),
     )
     lists, width = _peek(source, which.columns)
     if lists and not which.labels:
@@ -144,12 +179,15 @@ def read_row(source: Source, layout: Layout, row: int) -> Values:
     result: Values = {}
     try:
         for name, column in layout.texts.items():
-            result[name] = _text(column, values.get(column))
+            result[name] = (_texts if name in layout.several else _text)(column, values.get(column))
         for name, column in layout.numbers.items():
             value = values.get(column)
             result[name] = _label(column, value, layout) if name == "label" else _number(column, value)
         if layout.vector:
             result["vector"] = _vector(layout.vector, values.get(layout.vector), layout.width)
+        for name, column in layout.pictures.items():
+            data = image.read(values.get(column), layout.root or os.path.dirname(source.where(row)[0]))
+            result[name] = Picture(image.decode(data, least=layout.least), data)
     except ValueError as error:
         file, number = source.where(row)
         raise BadRow(file, number, str(error)) from None
@@ -190,6 +228,14 @@ def _text(column: str, value: object) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"column {column!r} is not valid Unicode (a lone surrogate)") from None
     return value
+
+
+def _texts(column: str, value: object) -> list[str]:
+    """A list of texts, at least one; a single text is a list of it."""
+    found = [_text(column, item) for item in (value if _is_list(value) else [value])]
+    if not found:
+        raise ValueError(f"column {column!r} is an empty list")
+    return found
 
 
 def _number(column: str, value: object, *, whole: bool = False) -> float | int:
@@ -246,6 +292,12 @@ def _vector(column: str, value: object, width: int) -> np.ndarray:
 def tower_column(name: str) -> str:
     """The column whose tower and prompt encode this one: negative_2 follows negative."""
     return "negative" if name.startswith("negative") else name
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Sorts anchor, positive, negative, negative_2, ..."""
+    kind, _, number = name.partition("_")
+    return ("anchor", "positive", "negative").index(kind), int(number or 1)
 
 
 def is_text(name: str) -> bool:

@@ -7,7 +7,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int32
@@ -61,12 +61,12 @@ def _measure(name, source, layout, texts, prompts, bad) -> Int32[np.ndarray, "N 
     _log.info("set %r: measuring the lengths of %d rows", name, count)
     for start in range(0, count, CHUNK):
         rows = range(start, min(start + CHUNK, count))
-        good, wrong = read_rows(source, layout, rows)
+        good, wrong = read_rows(source, layout.without_pictures, rows)
         bad.read(name, rows, wrong)
         index[list(good)] = 0
         for column in layout.texts if good else ():
             tower = tower_column(column)
-            lengths = texts[tower].lengths([values[column] for values in good.values()], prompt=prompts.get(tower))
+            lengths = _longest(texts[tower], [values[column] for values in good.values()], prompts.get(tower))
             side = index[:, 0 if column == "anchor" else 1]
             side[list(good)] = np.maximum(side[list(good)], lengths)
         if time.monotonic() - told > 5:
@@ -74,6 +74,14 @@ def _measure(name, source, layout, texts, prompts, bad) -> Int32[np.ndarray, "N 
             _log.info("set %r: lengths of %d of %d rows, %.0f rows/s", name, rows.stop, count, rows.stop / (told - began))
     _log.info("set %r: lengths of %d rows in %.1f s", name, count, time.monotonic() - began)
     return index
+
+
+def _longest(texts: Texts, values: Sequence[str | list[str]], prompt: str | None) -> Int32[np.ndarray, "N"]:
+    """The length of each text, or of the longest of several."""
+    lists = [[value] if isinstance(value, str) else value for value in values]
+    lengths = texts.lengths([text for several in lists for text in several], prompt=prompt)
+    ends = np.cumsum([len(several) for several in lists])
+    return np.maximum.reduceat(lengths, np.concatenate([[0], ends[:-1]])).astype(np.int32)
 
 
 def _key(source: Source, layout: Layout, texts: Mapping[str, Texts], prompts: Mapping[str, str | None]) -> str:

@@ -14,8 +14,10 @@ from typing import Protocol, SupportsIndex, runtime_checkable
 from embedjax import config
 from embedjax.config.errors import ConfigError, DataError, nearest
 from embedjax.data.files import FileInfo, expand, file_info
+from embedjax.data.pictures import Pictures
 from embedjax.data.records import JsonRecords, Parquet, RowGroups, open_tfds
 from embedjax.data.rows import BadRow, Part
+from embedjax.data.shards import open_shards
 from embedjax.data.tables import JsonLines, PlainText, Table
 
 __all__ = ["BadRow", "FileInfo", "Files", "Source", "manifest", "open_source", "select"]
@@ -87,8 +89,16 @@ def open_source(source: config.Source) -> Source:
     match source:
         case config.File():
             return Files(source.path, _open_files(source))
+        case config.Pictures():
+            return Pictures(source.path)
+        case config.Tar():
+            return Files(source.path, open_shards(source.path))
         case config.Tfds():
             return Files(f"{source.name}:{source.split}", open_tfds(source))
+        case config.Glyphs():
+            from embedjax.data.glyphs import open_glyphs
+
+            return open_glyphs(source)
         case config.Functions():
             from embedjax.data.builtin import open_functions
 

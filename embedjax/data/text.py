@@ -44,7 +44,8 @@ class Texts:
     """What turns strings into the inputs of one tower. Several threads may use one.
 
     `prompts` are texts by name, put before every string; with `include_prompt` false their tokens are not pooled.
-    `pad_id` None takes the tokenizer's own. The tokenizer itself is not changed.
+    `pad_id` None takes the tokenizer's own. With `fills` every text has `max_length` tokens: padding counts as they do.
+    The tokenizer itself is not changed.
     Raises ConfigError for a length without room for a token, an unknown prompt, or a tokenizer without padding token.
     """
 
@@ -55,6 +56,7 @@ class Texts:
     include_prompt: bool = True
     pad_id: int | None = None
     pad_side: Literal["right", "left"] = "right"
+    fills: bool = False
     _truncating: dict[int, Tokenizer] = dataclasses.field(default_factory=dict, init=False, repr=False)
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False, repr=False)
     _cuts: bool = dataclasses.field(init=False, repr=False)
@@ -76,14 +78,23 @@ class Texts:
         "word": int32 [N L], the number of the word a token is a piece of, -1 for special tokens and padding.
 
         L is `length`, or that of the longest text; never more than `max_length` of it are tokens. `prompt` is a name in
-        `prompts`; None takes the default prompt. Raises DataError for what is not a string of valid Unicode.
+        `prompts`; None takes the default prompt. Raises DataError for what is not a string of valid Unicode, ConfigError for
+        a length below one that texts are to fill.
         """
+        if self.fills:
+            length = self.max_length if length is None else length
+            if length < self.max_length:
+                raise ConfigError(
+                    f"texts of {length} tokens are asked for, but the tower's fill its max_length of {self.max_length}: set "
+                    "max_length, and leave data.buckets empty"
+                )
         prefix = self._prefix(prompt)
         encodings = self._tokenize([prefix + text for text in texts] if prefix else texts, length, words)
         sizes = np.fromiter((len(encoding) for encoding in encodings), np.int32, len(encodings))
         width = sizes.max(initial=0) if length is None else length
         places = np.arange(width)[None]
-        mask = places < sizes[:, None] if self.pad_side == "right" else places >= width - sizes[:, None]
+        within = lambda n: places < n[:, None] if self.pad_side == "right" else places >= width - n[:, None]
+        mask = within(sizes)
         ids = np.full(mask.shape, self.pad_id, np.int32)
         ids[mask] = np.fromiter(itertools.chain.from_iterable(encoding.ids for encoding in encodings), np.int32, sizes.sum())
         columns = {"ids": ids, "mask": mask}
@@ -92,12 +103,16 @@ class Texts:
             columns["word"][mask] = [-1 if k is None else k for encoding in encodings for k in encoding.word_ids]
             special = [k for k, token in self.tokenizer.get_added_tokens_decoder().items() if token.special]
             columns["word"][np.isin(ids, special)] = -1  # those written in the text have a word
+        if self.fills:
+            columns["mask"] = mask = within(np.full_like(sizes, self.max_length))
         if prefix and not self.include_prompt:
             columns["pool"] = mask & (np.cumsum(mask, axis=1) > self._prompt_tokens(prefix))
         return columns
 
     def lengths(self, texts: Sequence[str], prompt: str | None = None) -> Int32[np.ndarray, " N"]:
         """Number of tokens of each text after truncation to `max_length`, prompt and special tokens included."""
+        if self.fills:
+            return np.full(len(texts), self.max_length, np.int32)
         prefix = self._prefix(prompt)
         encodings = self._tokenize([prefix + text for text in texts] if prefix else texts, None)
         return np.fromiter((len(encoding) for encoding in encodings), np.int32, len(encodings))

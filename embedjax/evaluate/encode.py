@@ -15,12 +15,15 @@ import numpy as np
 from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import NamedSharding
 from jaxtyping import Float, Int
+from PIL import Image
 
 from embedjax import config, sharding
-from embedjax.config.errors import ConfigError, NonFiniteError, nearest
+from embedjax.config.errors import ConfigError, DataError, NonFiniteError, nearest
 from embedjax.config.model import TEXTS
-from embedjax.load import Model, plain_params
+from embedjax.data.image import decode, read
+from embedjax.load import Model, make_images, plain_params
 from embedjax.models.embedder import Embedder
+from embedjax.models.image import ImageEmbedder
 
 Columns = dict[str, np.ndarray]
 T = TypeVar("T")
@@ -35,11 +38,14 @@ TOKENS_PER_BATCH_ACCELERATOR = 65536
 IN_FLIGHT = 4
 # Numbers of a block of padded token ids on the host.
 BLOCK_TOKENS = 1 << 22
+# Pixels of a block of pictures on the host, and the threads that decode them: Pillow lets go of Python's lock.
+BLOCK_PIXELS = 1 << 24
+DECODERS = 4
 
 
 def encode(
     model: Model,
-    texts: Sequence[str],
+    texts: Sequence[Any],
     *,
     column: str = "text",
     prompt: str | None = None,
@@ -48,7 +54,7 @@ def encode(
     tokens_per_batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Float[np.ndarray, "N E"]:
-    """One vector a text, in the texts' order, float32.
+    """One vector a text, in the texts' order, float32; or a picture (bytes or a path), where the column's tower takes those.
 
     `column` is "query" or "document" for the two sides of a search, each with its tower and its prompt where the model has
     such. A "text" on its own, or of a training column such as "anchor", has the default prompt alone, as in
@@ -60,7 +66,7 @@ def encode(
     """
     if isinstance(texts, str):
         raise ConfigError("encode takes a list of texts, not one string; write [text]")
-    encoder = Encoder(model, column=column, prompt=prompt, task=task, mesh=mesh, tokens_per_batch=tokens_per_batch)
+    encoder = encoder_of(model, column=column, prompt=prompt, task=task, mesh=mesh, tokens_per_batch=tokens_per_batch)
     starts = range(0, len(texts), encoder.block)
     blocks = (encoder.tokenize(texts[start : start + encoder.block]) for start in starts)
     out = np.empty((len(texts), encoder.width), np.float32)
@@ -83,26 +89,41 @@ class Encoder:
         mesh: DeviceMesh | None = None,
         tokens_per_batch: int | None = None,
     ):
-        prompt, adapter = asked(model.config, column, prompt, task)
+        self.prompt, adapter = asked(model.config, column, prompt, task)
         tower = model.config.tower_of(column)
         params = plain_params(model, tower, adapter)
-        self.texts, self.prompt, self.mesh = model.texts[tower], prompt, mesh or mesh_of(params)
-        assert self.texts.pad_side == "right", "batches are cut from the left end of a block"
+        self.mesh = mesh or mesh_of(params)
         self.params = jax.tree.map(lambda leaf: _on(self.mesh, leaf), params)
         self.width = model.embedders[tower].width
         self.forward = _forward(model.embedders[tower], self.mesh)
         platform = self.mesh.devices.flat[0].platform
         self.tokens = tokens_per_batch or TOKENS_PER_BATCH.get(platform, TOKENS_PER_BATCH_ACCELERATOR)
+        self._reads(model, tower)
+
+    def _reads(self, model: Model, tower: str) -> None:
+        self.texts = model.texts[tower]
+        assert self.texts.pad_side == "right", "batches are cut from the left end of a block"
         self.block = int(np.clip(BLOCK_TOKENS // self.texts.max_length, 256, 16384))
+
+    @property
+    def identity(self) -> tuple:
+        """What decides the columns of a text, cheap enough to compare each time."""
+        texts = self.texts
+        said = (texts.max_length, tuple(sorted(texts.prompts.items())), texts.default_prompt, texts.include_prompt)
+        return (self.prompt, *said, hash(texts.tokenizer.to_str()))
 
     def tokenize(self, texts: Sequence[str]) -> Columns:
         """At most `block` texts as padded arrays `[N L]`."""
         return self.texts.encode(texts, prompt=self.prompt)
 
+    def _batches(self, columns: Columns) -> Iterator[tuple[np.ndarray, Columns]]:
+        """(row numbers, the batch that begins with these rows)."""
+        for rows, shape in plan(columns["mask"].sum(1), self.texts.max_length, self.tokens, self.mesh.size):
+            yield rows, _padded(columns, rows, shape)
+
     def embed(self, columns: Columns, advance: Callable[[int], None] = lambda rows: None) -> Float[np.ndarray, "N E"]:
         """Vectors of a tokenized block; `advance(rows)` is called as rows arrive. Raises NonFiniteError."""
-        lengths = columns["mask"].sum(1)
-        out = np.empty((len(lengths), self.width), np.float32)
+        out = np.empty((len(next(iter(columns.values()))), self.width), np.float32)
         pending: collections.deque[tuple[np.ndarray, jax.Array]] = collections.deque()
 
         def fetch() -> None:
@@ -112,8 +133,8 @@ class Encoder:
                 raise NonFiniteError("the model gives vectors that are not finite; its weights hold NaN, or overflow")
             advance(len(rows))
 
-        for rows, shape in plan(lengths, self.texts.max_length, self.tokens, self.mesh.size):
-            pending.append((rows, self.forward(self.params, self._place(_padded(columns, rows, shape)))))
+        for rows, batch in self._batches(columns):
+            pending.append((rows, self.forward(self.params, self._place(batch))))
             if len(pending) > IN_FLIGHT:
                 fetch()
         while pending:
@@ -138,6 +159,52 @@ class Encoder:
     def _place(self, columns: Columns) -> dict[str, jax.Array]:
         rows = sharding.rows(self.mesh)
         return {name: jax.make_array_from_callback(x.shape, rows, lambda at, x=x: x[at]) for name, x in columns.items()}
+
+
+class PictureEncoder(Encoder):
+    """An image tower of a model on a mesh, for any number of blocks of pictures: their bytes, or paths."""
+
+    def _reads(self, model: Model, tower: str) -> None:
+        found = model.config.towers[tower]
+        assert isinstance(found, config.ImageTower) and found.arch is not None
+        self.images = make_images(found)
+        self.rows = max(1, self.tokens // found.arch.tokens)
+        self.block = int(np.clip(BLOCK_PIXELS // found.arch.image**2, 16, 4096))
+
+    @property
+    def identity(self) -> tuple:
+        """What decides the pixels of a picture."""
+        return (self.images.size, self.images.pixels)
+
+    def tokenize(self, texts: Sequence[Any]) -> Columns:
+        """At most `block` pictures as pixels `[N S S 3]`, decoded in threads. Raises DataError for one that cannot be."""
+        with ThreadPoolExecutor(DECODERS) as pool:
+            return self.images.encode(list(pool.map(_decoded, texts)))
+
+    def _batches(self, columns: Columns) -> Iterator[tuple[np.ndarray, Columns]]:
+        pixels, size = columns["pixels"], self.rows * self.mesh.size
+        while size > self.mesh.size and len(pixels) <= size // 2:
+            size //= 2
+        for start in range(0, len(pixels), size):
+            part = pixels[start : start + size]
+            missing = [(0, size - len(part)), *[(0, 0)] * 3]
+            yield np.arange(start, start + len(part)), {"pixels": np.pad(part, missing)}
+
+
+def encoder_of(model: Model, *, column: str = "text", **options: Any) -> Encoder:
+    """The encoder of a column's tower, of texts or of pictures."""
+    if column not in COLUMNS:
+        raise ConfigError(f"there is no column {column!r} of texts; {nearest(column, COLUMNS)}")
+    pictures = isinstance(model.config.towers[model.config.tower_of(column)], config.ImageTower)
+    return (PictureEncoder if pictures else Encoder)(model, column=column, **options)
+
+
+def _decoded(picture: Any) -> Image.Image:
+    try:
+        return decode(read(picture))
+    except ValueError as error:
+        named = f"{picture}: " if isinstance(picture, str) else ""
+        raise DataError(f"{named}{error}") from None
 
 
 def asked(model: config.Model, column: str, prompt: str | None = None, task: str | None = None) -> tuple[str | None, str]:
@@ -206,11 +273,13 @@ def mesh_of(tree: Any) -> DeviceMesh:
 def fingerprint(model: Model, column: str = "text") -> str:
     """SHA-256 of all that decides a column's vectors: weights, architecture and head, tokenizer, prompts."""
     tower = model.config.tower_of(column)
-    texts, embedder = model.texts[tower], model.embedders[tower]
-    said = (embedder, texts.max_length, sorted(texts.prompts.items()), texts.default_prompt, texts.include_prompt)
+    embedder = model.embedders[tower]
+    said: tuple = (embedder,)
+    if texts := model.texts.get(tower):
+        said += (texts.max_length, sorted(texts.prompts.items()), texts.default_prompt, texts.include_prompt)
     said += tuple(sorted(model.config.towers[tower].lora.items()))
     digest = hashlib.sha256(repr(said).encode())
-    digest.update(texts.tokenizer.to_str().encode())
+    digest.update(texts.tokenizer.to_str().encode() if texts else b"")
     leaves = jax.tree_util.tree_leaves_with_path(model.params["towers"][tower])
     for path, leaf in sorted(leaves, key=lambda item: sharding.path_of(item[0])):
         array = np.ascontiguousarray(leaf)
@@ -239,7 +308,7 @@ def _on(mesh: DeviceMesh, leaf: Any) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=64)
-def _forward(embedder: Embedder, mesh: DeviceMesh) -> Callable[[Any, Any], jax.Array]:
+def _forward(embedder: Embedder | ImageEmbedder, mesh: DeviceMesh) -> Callable[[Any, Any], jax.Array]:
     """Compiled once a shape for all calls with equal embedders. Vectors are replicated, so that every host reads them."""
     apply = sharding.in_sight(mesh, lambda params, column: embedder.apply(params, column).pooled)
     return jax.jit(apply, out_shardings=sharding.replicated(mesh))

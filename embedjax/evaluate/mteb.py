@@ -69,7 +69,7 @@ class MtebEncoder:
             languages=None,
             n_parameters=size,
             memory_usage_mb=size * 4 / 2**20,
-            max_tokens=max(tower.max_length or 0 for tower in towers),
+            max_tokens=max(getattr(tower, "max_length", 0) or 0 for tower in towers),
             embed_dim=self.dim or towers[0].width,
             license=None,
             open_weights=None,

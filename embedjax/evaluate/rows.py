@@ -1,6 +1,7 @@
 """Rows of a source as checked values: what an evaluation or an encoding may not pass over is told with its file and row."""
 
 import math
+import os
 from collections.abc import Iterator
 
 from embedjax.config.errors import ConfigError, DataError, nearest
@@ -80,3 +81,13 @@ def number_at(source: Source, row: int, column: str) -> float:
 def texts_of(source: Source, column: str, start: int = 0, stop: int | None = None) -> Iterator[str]:
     """The texts of some rows, none empty. Raises BadRow."""
     return (text_at(source, row, column) for row in range(start, len(source) if stop is None else stop))
+
+
+def picture_at(source: Source, row: int, column: str) -> str | bytes:
+    """The picture of one row, as its bytes or its path: relative ones are in the folder of the source's file."""
+    value = source[row].get(column)
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if not isinstance(value, (str, bytes)) or not value:
+        raise DataError(f"{':'.join(map(str, source.where(row)))}: column {column!r} is {type(value).__name__}, not a picture")
+    return value if isinstance(value, bytes) else os.path.join(os.path.dirname(source.where(row)[0]), value)

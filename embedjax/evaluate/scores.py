@@ -48,6 +48,11 @@ def map_at(gains: Gains, ideal: Gains, k: int) -> PerQuery:
     return _ratio((precision * hit).sum(1), (ideal > 0).sum(1))
 
 
+def success_at(gains: Gains, k: int) -> PerQuery:
+    """1 for each query with a relevant document among the first k, else 0: the recall@k of image-text retrieval."""
+    return np.where((gains[:, :k] > 0).any(1), 1.0, 0.0)
+
+
 def recall_at(gains: Gains, ideal: Gains, k: int) -> PerQuery:
     """The share of all relevant documents that is among the first k."""
     return _ratio((gains[:, :k] > 0).sum(1), (ideal > 0).sum(1))

@@ -26,6 +26,8 @@ def check_format(model: configs.Model, format: str) -> None:
     if format not in FORMATS:
         raise ConfigError(f"unknown export format {format!r}; {nearest(format, FORMATS)}")
     for name in model.routes.values():
+        if name not in model.texts:
+            raise ConfigError(f'tower {name!r} is one of pictures, which no format here holds; set export.format to "none"')
         if format == "hf" and isinstance(model.towers[name].arch, Static):
             raise ConfigError(f"tower {name!r} is a static table, which is no Hugging Face model; write sentence-transformers")
 
@@ -78,7 +80,7 @@ def export(
 
 
 def _part(model: Model, name: str) -> written.Part:
-    tower, texts = model.config.towers[name], model.texts[name]
+    tower, texts = model.config.texts[name], model.texts[name]
 
     def write_tokenizer(where: Path) -> None:
         if isinstance(tower.arch, Static):
@@ -104,7 +106,7 @@ def _finished(model: Model) -> Model:
 
 def _exact(model: Model) -> Model:
     """The model computing in float32: the gate judges the weights written, not the type they were trained in."""
-    exact = {name: dataclasses.replace(tower, compute="float32") for name, tower in model.config.towers.items()}
+    exact = {name: dataclasses.replace(tower, compute="float32") for name, tower in model.config.texts.items()}
     return _with(model, exact)
 
 
@@ -112,7 +114,7 @@ def _headless(model: Model) -> Model:
     """The model as a reader of bare encoders has it: mean pooling, cosines of length 1, no projection, no prompts."""
     plain = {"prompts": {}, "default_prompt": None, "include_prompt": True}
     head = {"pooling": "mean", "dense": (), "normalize": True, "similarity": "cosine"}
-    towers = {name: dataclasses.replace(tower, **head, **plain) for name, tower in model.config.towers.items()}
+    towers = {name: dataclasses.replace(tower, **head, **plain) for name, tower in model.config.texts.items()}
     params = {name: {"encoder": params["encoder"]} for name, params in model.params["towers"].items()}
     texts = {name: dataclasses.replace(texts, **plain) for name, texts in model.texts.items()}
     return dataclasses.replace(_with(model, towers), params={"towers": params}, texts=texts, heads={})

@@ -52,7 +52,7 @@ print(document.similarity(queries, documents))""",
 
 def card(model: Model, title: str, scores: Mapping[str, float] | None = None, format: str = "sentence-transformers") -> str:
     """The card of a folder of a format, as Markdown with the front matter the Hugging Face hub reads."""
-    routes = {route: model.config.towers[name] for route, name in model.config.routes.items()}
+    routes = {route: model.config.texts[name] for route, name in model.config.routes.items()}
     parts = [_head(routes, title, format)]
     config = model.details.get("config")
     if isinstance(config, Config):

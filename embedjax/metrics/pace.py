@@ -4,7 +4,7 @@ import collections
 import statistics
 import time
 
-from embedjax.config import Architecture, ModernBert, Static
+from embedjax.config import Architecture, ImageArchitecture, ModernBert, Static, Vit
 
 # Dense bfloat16 FLOP/s of a chip, by the start of its `device_kind`; makers' data sheets.
 PEAK_FLOPS = {
@@ -26,15 +26,16 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for start, peak in PEAK_FLOPS.items() if device_kind.startswith(start)), None)
 
 
-def train_flops(arch: Architecture, rows: int, length: int) -> float:
-    """FLOPs of a forward and backward pass over `rows` texts of `length` tokens: three times the forward's products. A static
-    table has none."""
+def train_flops(arch: Architecture | ImageArchitecture, rows: int, length: int) -> float:
+    """FLOPs of a forward and backward pass over `rows` texts of `length` tokens, or pictures of so many patches: three times
+    the forward's products. A static table has none."""
     if isinstance(arch, Static):
         return 0.0
     d, f = arch.width, arch.mlp
     inner = 3 * d * f if isinstance(arch, ModernBert) else 2 * d * f
     per_token = 2 * (4 * d * d + inner) + 4 * length * d
-    return 3.0 * rows * length * arch.depth * per_token
+    patches = 2 * 3 * arch.patch**2 * d if isinstance(arch, Vit) else 0
+    return 3.0 * rows * length * (arch.depth * per_token + patches)
 
 
 class Pace:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +14,11 @@ from embedjax.config.errors import ConfigError
 from embedjax.config.model import Architecture, Dense, Dtype, PoolingName
 from embedjax.models.families import family_of
 from embedjax.models.heads import init_projections, normalize, pool, project
+from embedjax.models.image import ImageEmbedder, build_image_embedder
 from embedjax.models.ops import by_rows
+from embedjax.models.output import Output, Want, spread
 
-Want = Literal["pooled", "tokens", "layers"]
-
-
-class Output(NamedTuple):
-    """What was asked for, float32; the leading axes are those of the ids."""
-
-    pooled: Float[Array, "*B E"] | None = None
-    """One vector a text."""
-    tokens: Float[Array, "*B L D"] | None = None
-    """The last layer's vectors of every token, padding included."""
-    layers: Float[Array, "S+1 *B L D"] | None = None
-    """Every layer's, the token embeddings first."""
+__all__ = ["Embedder", "ImageEmbedder", "Output", "Want", "build_embedder"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +72,7 @@ class Embedder:
         ids = column["ids"]
         lead, texts = ids.shape[:-1], math.prod(ids.shape[:-1])
         flat = {name: column[name].reshape(texts, ids.shape[-1]) for name in ("ids", "mask", "pool") if name in column}
-        row_N = jnp.arange(texts) if row is None else _spread(row, texts // ids.shape[0])
+        row_N = jnp.arange(texts) if row is None else spread(row, texts // ids.shape[0])
         tower: Any = self.tower  # Linen's apply is typed for every kind of module at once
         tokens, each = tower.apply(
             {"params": params["encoder"]}, flat["ids"], flat["mask"], row_B=row_N, key=key, want_layers="layers" in want
@@ -106,12 +97,16 @@ class Embedder:
         return normalize(x_BE) if self.normalize else x_BE
 
 
-def _spread(row_B: Array, copies: int) -> Array:
-    return (row_B[:, None] * copies + jnp.arange(copies, dtype=row_B.dtype)[None]).reshape(-1)
-
-
-def build_embedder(tower: config.Tower) -> Embedder:
+@overload
+def build_embedder(tower: config.Tower) -> Embedder: ...
+@overload
+def build_embedder(tower: config.ImageTower) -> ImageEmbedder: ...
+@overload
+def build_embedder(tower: config.Tower | config.ImageTower) -> Embedder | ImageEmbedder: ...
+def build_embedder(tower: config.Tower | config.ImageTower) -> Embedder | ImageEmbedder:
     """The embedder of a resolved tower (no field None). Raises ConfigError for one that is not."""
+    if isinstance(tower, config.ImageTower):
+        return build_image_embedder(tower)
     names = [field.name for field in dataclasses.fields(Embedder) if field.name != "still"]
     if unresolved := [name for name in names if getattr(tower, name) is None]:
         raise ConfigError(f"the tower is not resolved: {', '.join(unresolved)} is None; read it from its `init` folder first")

@@ -6,8 +6,6 @@ that of 5.4 and later (other class paths, `pooling_mode`, the tokenizer's model_
 a folder of its own, FOLDER/query and FOLDER/document.
 """
 
-import dataclasses
-import math
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,7 +15,9 @@ import numpy as np
 from embedjax.config import Architecture, Dense, Static, Tower
 from embedjax.config.errors import ConfigError, nearest
 from embedjax.config.model import PoolingName, Similarity
-from embedjax.models.families import FAMILIES, family_of
+from embedjax.models import pictures
+from embedjax.models.clip import POOLING
+from embedjax.models.families import FAMILIES, described, family_of
 from embedjax.models.families.static import LONGEST, from_model2vec
 from embedjax.models.jsonfile import get, read_json
 from embedjax.models.layout import SETTINGS, Layout, is_route, layout
@@ -73,6 +73,8 @@ def read_tower(folder: str | Path) -> Tower:
     that is not supported, for code of the folder's own, and for files that are missing, malformed or contradictory.
     """
     folder = Path(folder)
+    if "text" in pictures.sides(folder):
+        return _read_text_side(folder)
     found = layout(folder)
     if found.static:
         arch, _, unstated = _read_static(found.encoder)
@@ -100,6 +102,8 @@ def read_params(folder: str | Path, tower: Tower) -> dict[str, Any]:
 
     "dense" is there only when the folder has projections. Raises ConfigError when encoder or projections are not the tower's.
     """
+    if "text" in pictures.sides(Path(folder)):
+        return pictures.read_params(Path(folder), "text", tower.arch)
     found = layout(Path(folder))
     if tower.arch is None:
         raise ConfigError(f"the tower of {folder} has no architecture; it must be resolved before its weights are read")
@@ -119,6 +123,23 @@ def read_params(folder: str | Path, tower: Tower) -> dict[str, Any]:
     return params
 
 
+def _read_text_side(folder: Path) -> Tower:
+    """The tower of texts of a model of pictures and texts."""
+    arch, dense = pictures.part(folder, "text")
+    assert isinstance(arch, Architecture)
+    return Tower(
+        arch=arch,
+        init=str(folder),
+        tokenizer=str(folder),
+        pooling=POOLING,
+        dense=dense,
+        normalize=True,
+        include_prompt=True,
+        max_length=_read_max_length(folder, arch),
+        **PLAIN,
+    )
+
+
 def read_arch(folder: Path) -> Architecture:
     """The architecture in a folder's config.json."""
     file = folder / "config.json"
@@ -130,21 +151,7 @@ def read_arch(folder: Path) -> Architecture:
     kind = get(config, "model_type", str, "", file=file)
     if kind not in FAMILIES:
         raise ConfigError(f"{file}: model_type {kind!r} is not supported; {nearest(kind, FAMILIES)}")
-    try:
-        arch = FAMILIES[kind].from_hf(config)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
-    except KeyError as error:
-        raise ConfigError(f"{file} has no {error}, which a {kind} needs") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{file} does not describe a {kind}: {error}") from error
-    for field in dataclasses.fields(arch):
-        value, number = getattr(arch, field.name), {int: (int,), float: (int, float)}.get(field.type)
-        if number and (type(value) not in number or not math.isfinite(value)):
-            raise ConfigError(
-                f"{file}: {value!r} ({field.name}) should be of type {getattr(field.type, '__name__', field.type)}"
-            )
-    return arch
+    return described(FAMILIES[kind], config, file=file)
 
 
 def _read_pooling(folder: Path, width: int) -> dict[str, Any]:

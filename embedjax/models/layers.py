@@ -3,7 +3,7 @@
 Knows no architecture, no config and no file format. Parameters are always float32; `compute` is the type of the products.
 
 Axis letters, used in einsum, annotations and suffixes everywhere:
-B batch · N documents · L tokens · D width · H heads · K head dim · F mlp · V vocab · E embedding dim · S layers
+B batch · N documents · L tokens or patches · D width · H heads · K head dim · F mlp · V vocab · E embedding dim · S layers
 """
 
 import dataclasses
@@ -100,15 +100,20 @@ class Embed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, section 3.2) with an additive bias and, if asked, rotary positions."""
+    """Multi-head attention (Vaswani et al. 2017, section 3.2) of a sequence to itself, or to another if one is given, with an
+    additive bias and, if asked, rotary positions."""
 
     spec: Spec
 
     @nn.compact
-    def __call__(self, x_BLD: Float[Array, "B L D"], view: View) -> Float[Array, "B L D"]:
+    def __call__(
+        self, x_BLD: Float[Array, "B L D"], view: View, other_BMD: Float[Array, "B M D"] | None = None
+    ) -> Float[Array, "B L D"]:
         s, (B, L, D) = self.spec, x_BLD.shape
         dense = lambda name: Dense(D, s.compute, s.use_bias, s.init_std, name=name)
-        q, k, v = (dense(name)(x_BLD).reshape(B, L, s.heads, -1).swapaxes(1, 2) for name in ("query", "key", "value"))
+        seen = x_BLD if other_BMD is None else other_BMD
+        inputs = (("query", x_BLD), ("key", seen), ("value", seen))
+        q, k, v = (dense(name)(x).reshape(B, x.shape[1], s.heads, -1).swapaxes(1, 2) for name, x in inputs)
         if view.rope is not None:
             q, k = rotate(q, view.rope), rotate(k, view.rope)
         o_BHLK = attend(q, k, v, view.bias, rate=s.attention_dropout, seed=view.seed, compute=s.compute)
@@ -129,6 +134,21 @@ class PostNormBlock(nn.Module):
         h_BLF = ACTIVATIONS[s.activation](dense(s.mlp, "up")(x_BLD))
         y_BLD = dropout(dense(D, "down")(h_BLF), s.dropout, view.seed, 2)
         return LayerNorm(s.norm_eps, name="mlp_norm")(x_BLD + y_BLD)
+
+
+class PreNormBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): the layer of ViT and CLIP (Dosovitskiy et al. 2020, equations 2 and 3)."""
+
+    spec: Spec
+
+    @nn.compact
+    def __call__(self, x_BLD: Float[Array, "B L D"], view: View) -> Float[Array, "B L D"]:
+        s, D = self.spec, x_BLD.shape[-1]
+        dense = lambda features, name: Dense(features, s.compute, s.use_bias, s.init_std, name=name)
+        y_BLD = Attention(s, name="attn")(LayerNorm(s.norm_eps, name="attn_norm")(x_BLD), view)
+        x_BLD = x_BLD + dropout(y_BLD, s.dropout, view.seed, 1)
+        h_BLF = ACTIVATIONS[s.activation](dense(s.mlp, "up")(LayerNorm(s.norm_eps, name="mlp_norm")(x_BLD)))
+        return x_BLD + dropout(dense(D, "down")(h_BLF), s.dropout, view.seed, 2)
 
 
 class PreNormGatedBlock(nn.Module):

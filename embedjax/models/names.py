@@ -4,7 +4,7 @@ Each families/ file states its own table in these rows; weights.py applies them 
 """
 
 import dataclasses
-from typing import cast
+from typing import Literal, cast
 
 from embedjax.config.errors import ConfigError, nearest
 from embedjax.config.model import Activation
@@ -23,6 +23,9 @@ class Row:
     """Axes of their tensor: letters of the family's sizes, each with an optional factor, such as "3D D"."""
     first: bool = True
     """Whether the first layer has the tensor; where not, we hold a width of ones that are never used."""
+    form: Literal["", "conv", "rows"] = ""
+    """How else theirs differs from ours: "conv" is a convolution [out, channels, height, width], our kernel over patches
+    [height * width * channels, out]; "rows" has other axes before the last, our table one."""
 
     @property
     def stacked(self) -> bool:
@@ -57,6 +60,7 @@ ACTIVATIONS = {  # Hugging Face's names -> ours
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",

@@ -45,6 +45,7 @@ gelu.defvjp(_gelu_fwd, _gelu_bwd)
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # Hendrycks & Gimpel 2016, section 2; OpenAI's CLIP has it
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
@@ -236,8 +237,8 @@ _keep.defvjp(
 
 def attend(
     q: Float[Array, "B H L K"],
-    k: Float[Array, "B H L K"],
-    v: Float[Array, "B H L K"],
+    k: Float[Array, "B H M K"],
+    v: Float[Array, "B H M K"],
     bias: Float[Array, "..."],
     *,
     rate: float,

@@ -4,22 +4,25 @@ Tensors keep their Hugging Face names and layouts up to here; what comes out is 
 stacked on axis 0. A table refuses surprises: every tensor is either named in it or left out on purpose.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import safetensors
 
-from embedjax.config import Architecture
+from embedjax.config import Architecture, ImageArchitecture
 from embedjax.config.errors import ConfigError
-from embedjax.models.families import family_of
+from embedjax.models.families import family_of, names_of
 from embedjax.models.jsonfile import read_json
 from embedjax.models.names import Names, Row
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+Complaints = dict[str, list[str]]
+"""Kind -> names of tensors: "unknown", "missing", "doubly set", "misshapen"."""
+
 INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 
 
@@ -75,53 +78,76 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def from_tensors(arch: Architecture, tensors: Mapping[str, np.ndarray], *, file: str | Path) -> dict[str, Any]:
+def from_tensors(
+    arch: Architecture | ImageArchitecture, tensors: Mapping[str, np.ndarray], *, file: str | Path
+) -> dict[str, Any]:
     """The parameters of an encoder from Hugging Face tensors, float32, layers stacked on axis 0.
 
     Raises one ConfigError that lists, under the name of `file`, every unknown, missing, doubly set and misshapen tensor.
     """
+    found, complaints = sort_out(arch, tensors, file=file)
+    refuse(complaints, type(arch).__name__, file=file)
+    return assemble(arch, found)
+
+
+def sort_out(
+    arch: Architecture | ImageArchitecture, tensors: Mapping[str, np.ndarray], *, file: str | Path
+) -> tuple[dict[str, np.ndarray], Complaints]:
+    """The tensors that are an encoder's, by the names of its table, and what is wrong with all of them."""
     if len(tensors) < arch.depth:  # before names are made for each layer: a damaged config may speak of any number
         raise ConfigError(f"{file} holds {len(tensors)} tensors, fewer than the {arch.depth} layers of its config")
-    family = family_of(arch)
-    found, twice, unknown = _sort_out(family.names, tensors, arch.depth)
+    found, twice, unknown = _by_name(names_of(arch), tensors, arch.depth)
     missing, misshapen = [], []
-    for name, shape in _expected(family, arch).items():
+    for name, shape in _expected(arch).items():
         if name not in found:
             missing.append(name)
-        elif found[name].shape != shape:
-            misshapen.append(f"{name} is {list(found[name].shape)}, expected {list(shape)}")
-        elif found[name].dtype != np.float32:
-            misshapen.append(f"{name} holds {found[name].dtype}, expected floating-point numbers")
-    complaints = {"unknown": unknown, "missing": missing, "doubly set": twice, "misshapen": misshapen}
+        elif told := misfit(name, found[name], shape):
+            misshapen.append(told)
+    return found, {"unknown": unknown, "missing": missing, "doubly set": twice, "misshapen": misshapen}
+
+
+def misfit(name: str, tensor: np.ndarray, shape: tuple[int, ...]) -> str:
+    """What is wrong with a tensor, "" if nothing."""
+    if tensor.shape != shape:
+        return f"{name} is {list(tensor.shape)}, expected {list(shape)}"
+    return "" if tensor.dtype == np.float32 else f"{name} holds {tensor.dtype}, expected floating-point numbers"
+
+
+def refuse(complaints: Complaints, what: str, *, file: str | Path) -> None:
+    """Raises one ConfigError of all complaints, if there are any."""
     if told := "; ".join(f"{kind}: {_some(names)}" for kind, names in complaints.items() if names):
-        raise ConfigError(f"{file} does not hold the tensors of {type(arch).__name__}: {told}")
+        raise ConfigError(f"{file} does not hold the tensors of {what}: {told}")
+
+
+def assemble(arch: Architecture | ImageArchitecture, found: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The parameters of an encoder from what `sort_out` found, without complaints."""
     params: dict[str, Any] = {}
-    for row in family.names.rows:
+    for row in names_of(arch).rows:
         layers = [found.get(row.theirs.format(layer=n)) for n in (range(arch.depth) if row.stacked else [0])]
         parts = [_to_ours(row, np.ones(arch.width, np.float32) if layer is None else layer) for layer in layers]
         for path, values in zip(_paths(row), zip(*parts, strict=True), strict=True):
-            _set(params, path, np.stack(values) if row.stacked else values[0])
+            put(params, path, np.stack(values) if row.stacked else values[0])
     return params
 
 
-def to_tensors(arch: Architecture, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def to_tensors(arch: Architecture | ImageArchitecture, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """An encoder's parameters as Hugging Face tensors, float32, contiguous: the inverse of `from_tensors`.
 
     Raises ConfigError when the tree does not hold exactly the paths and shapes of the family's table.
     """
-    family = family_of(arch)
-    ours = flatten(params)
-    known = {path for row in family.names.rows for path in _paths(row)}
+    rows, shapes, ours = names_of(arch).rows, _expected(arch), flatten(params)
+    known = {path for row in rows for path in _paths(row)}
     if odd := sorted(known ^ ours.keys()):
         raise ConfigError(f"the parameters are not those of {type(arch).__name__}: unknown or missing {_some(odd)}")
     tensors = {}
-    for row in family.names.rows:
+    for row in rows:
         values = [np.asarray(ours[path], np.float32) for path in _paths(row)]
         for n in range(arch.depth) if row.stacked else [0]:
             if n or row.first:
                 layer = [value[n] if row.stacked else value for value in values]
-                tensors[row.theirs.format(layer=n)] = _to_theirs(row, layer)
-    wrong = [(name, shape) for name, shape in _expected(family, arch).items() if tensors[name].shape != shape]
+                name = row.theirs.format(layer=n)
+                tensors[name] = _to_theirs(row, layer, shapes[name])
+    wrong = [(name, shape) for name, shape in shapes.items() if tensors[name].shape != shape]
     if odd := [f"{name} is {list(tensors[name].shape)}, expected {list(shape)}" for name, shape in wrong]:
         raise ConfigError(f"the parameters are not those of {type(arch).__name__}: {_some(odd)}")
     return tensors
@@ -135,9 +161,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _sort_out(
-    names: Names, tensors: Mapping[str, np.ndarray], depth: int
-) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+def _by_name(names: Names, tensors: Mapping[str, np.ndarray], depth: int) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
     """The tensors of the table by its names, the names set twice, and the names that are neither in it nor left out."""
     known = {row.theirs.format(layer=n) for row in names.rows for n in (range(depth) if row.stacked else [0])}
     found: dict[str, np.ndarray] = {}
@@ -154,10 +178,10 @@ def _sort_out(
     return found, twice, unknown
 
 
-def _expected(family: ModuleType, arch: Architecture) -> dict[str, tuple[int, ...]]:
+def _expected(arch: Architecture | ImageArchitecture) -> dict[str, tuple[int, ...]]:
     """Every tensor of the table and its shape."""
-    shapes, sizes = {}, family.sizes(arch)
-    for row in family.names.rows:
+    shapes, sizes = {}, family_of(arch).sizes(arch)
+    for row in names_of(arch).rows:
         shape = tuple(int(axis[:-1] or 1) * sizes[axis[-1]] for axis in row.shape.split())
         for n in range(arch.depth) if row.stacked else [0]:
             if n or row.first:
@@ -171,19 +195,37 @@ def _paths(row: Row) -> tuple[str, ...]:
 
 def _to_ours(row: Row, tensor: np.ndarray) -> list[np.ndarray]:
     paths = _paths(row)
+    if row.form == "conv":
+        return [tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])]
+    if row.form == "rows":
+        return [tensor.reshape(-1, tensor.shape[-1])]
     return [part.T if path.endswith("kernel") else part for path, part in zip(paths, np.split(tensor, len(paths)), strict=True)]
 
 
-def _to_theirs(row: Row, parts: list[np.ndarray]) -> np.ndarray:
+def _to_theirs(row: Row, parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    if row.form and parts[0].shape != _ours_of(row, shape):
+        return parts[0]  # of a wrong size, which is told with the others
+    if row.form == "conv":
+        out, channels, *patch = shape
+        return np.ascontiguousarray(parts[0].reshape(*patch, channels, out).transpose(3, 2, 0, 1))
+    if row.form == "rows":
+        return np.ascontiguousarray(parts[0].reshape(shape))
     turned = [part.T if path.endswith("kernel") else part for path, part in zip(_paths(row), parts, strict=True)]
     return np.ascontiguousarray(np.concatenate(turned))  # safetensors writes the buffer as it lies, strides ignored
 
 
-def _set(tree: dict[str, Any], path: str, value: np.ndarray) -> None:
+def _ours_of(row: Row, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Our shape of a tensor that has another form."""
+    last = shape[0] if row.form == "conv" else shape[-1]
+    return math.prod(shape) // last, last
+
+
+def put(tree: dict[str, Any], path: str, value: np.ndarray) -> None:
+    """Sets a leaf of nested dicts by its path, contiguous."""
     *parents, leaf = path.split("/")
     for parent in parents:
         tree = tree.setdefault(parent, {})
-    tree[leaf] = np.ascontiguousarray(value)
+    tree[leaf] = np.asarray(value, order="C")  # unlike ascontiguousarray it leaves scalars be
 
 
 def _some(names: Iterable[str], most: int = 12) -> str:

@@ -47,23 +47,25 @@ def drawn(key: UInt32[Array, ""] | None, what: int, count: int, wanted: int) -> 
 
 
 def encoder(model: Model, embedders: Mapping[str, Embedder], layers: Layers | None = None) -> Callable:
-    """Encodes columns `{name: {"ids": [B L] | [B C L], ...}}`; those of one tower and length go through it in one call."""
+    """Encodes columns of texts `{name: {"ids": [B L] | [B C L], ...}}` and pictures `{name: {"pixels": [B (C) H W 3]}}`; those
+    of one tower and size go through it in one call."""
 
     def encode(towers, columns, row, key):
         groups: dict[tuple, list[str]] = {}
         for name, column in columns.items():
-            groups.setdefault((model.tower_of(name), column["ids"].shape[-1], frozenset(column)), []).append(name)
+            groups.setdefault((model.tower_of(name), item_shape(column), frozenset(column)), []).append(name)
         outputs: dict[str, Any] = {}
-        for place, ((tower, length, _), names) in enumerate(groups.items()):
-            stacked = [{k: x.reshape(x.shape[0], -1, length) for k, x in columns[name].items()} for name in names]
-            widths = [part["ids"].shape[1] for part in stacked]
+        for place, ((tower, item, _), names) in enumerate(groups.items()):
+            stacked = [{k: x.reshape(x.shape[0], -1, *item) for k, x in columns[name].items()} for name in names]
+            widths = [next(iter(part.values())).shape[1] for part in stacked]
             whole = {k: jnp.concatenate([part[k] for part in stacked], 1) for k in stacked[0]}
             # Groups share row numbers, so each has its own key: equal masks for a row's texts would correlate them.
             salted = None if key is None else key + jnp.uint32((place * 0x9E3779B9) & 0xFFFFFFFF)
             found = _embed(embedders[tower], towers[tower], whole, row, salted, key, layers)
             start = 0
             for name, width in zip(names, widths, strict=True):
-                shape = columns[name]["ids"].shape[:-1]
+                leaf = next(iter(columns[name].values()))
+                shape = leaf.shape[: leaf.ndim - len(item)]
                 outputs[name] = found[0][:, start : start + width].reshape(*shape, -1)
                 if layers:
                     each = found[1][:, start : start + width]
@@ -72,6 +74,11 @@ def encoder(model: Model, embedders: Mapping[str, Embedder], layers: Layers | No
         return outputs
 
     return encode
+
+
+def item_shape(column: Mapping[str, Array]) -> tuple[int, ...]:
+    """The shape of one text, (L,), or one picture, (H, W, 3), of a column."""
+    return column["pixels"].shape[-3:] if "pixels" in column else column["ids"].shape[-1:]
 
 
 def _embed(embedder: Embedder, params, column, row, key, step_key, layers: Layers | None) -> tuple[Array, ...]:

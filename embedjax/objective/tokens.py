@@ -33,7 +33,9 @@ def resolve(task: Set, model: Model, known: Set | None = None) -> Set:
     loss = task.loss
     if not isinstance(loss, MaskedLanguage) or loss.mask_id is not None:
         return task
-    tower = model.towers[model.tower_of("anchor")]
+    tower = model.texts.get(model.tower_of("anchor"))
+    if tower is None:
+        raise ConfigError(f"set {task.name!r}: MaskedLanguage hides words; the tower of its anchors is one of pictures")
     if known is not None and isinstance(known.loss, MaskedLanguage):
         found = known.loss.mask_id
     elif tower.tokenizer == "wordpiece":

@@ -54,8 +54,8 @@ def _step(config: Config, topology: Topology, limit: float | None, parts: build.
         "batch_bytes": held(batch),
         "limit_bytes": limit,
         "model_flops": sum(
-            train_flops(_arch(config, name), math.prod(columns[name]["ids"].shape[:-1]), columns[name]["ids"].shape[-1])
-            for name in build.TEXT_COLUMNS & columns.keys()
+            train_flops(arch := _arch(config, name), *build.column_size(arch, columns[name]))
+            for name in build.ENCODED & columns.keys()
         ),
     }
     traced = parts.steps[task].trace(parts.abstract, parts.constants, batch)

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from embedjax.config import Config, Set, Tower
+from embedjax.config import Config, ImageTower, Set, Tower
 from embedjax.data.batches import Abstract
 from embedjax.data.columns import is_text, tower_column
 from embedjax.data.order import make_table
@@ -26,9 +26,11 @@ def _buckets(config: Config) -> tuple[tuple[int, int], ...]:
     if config.data.buckets:
         return config.data.buckets
     used = {tower_column(name) for task in config.data.sets for name in task.names if is_text(name)}
-    longest = {name: config.model.towers[config.model.tower_of(name)].max_length or 0 for name in used}
-    anchor = longest.pop("anchor")
-    return ((anchor, min(longest.values(), default=anchor)),)
+    towers = {name: config.model.towers[config.model.tower_of(name)] for name in used}
+    longest = {name: tower.max_length or 0 for name, tower in towers.items() if isinstance(tower, Tower)}
+    anchor = longest.pop("anchor", 0)
+    document = min(longest.values(), default=anchor)
+    return ((anchor or document or 1, document or 1),)
 
 
 def _columns(config: Config, task: Set, lengths: tuple[int, int]) -> dict[str, Any]:
@@ -40,17 +42,21 @@ def _columns(config: Config, task: Set, lengths: tuple[int, int]) -> dict[str, A
             continue
         tower = config.model.towers[config.model.tower_of(name)]
         front = (rows, count) if name == "negative" else (rows,)
+        columns["hash"][name] = Abstract((*front, 2), np.dtype(np.uint32))
+        if isinstance(tower, ImageTower):
+            assert tower.arch is not None
+            columns[name] = {"pixels": Abstract((*front, tower.arch.image, tower.arch.image, 3), np.dtype(np.uint8))}
+            continue
         shape = (*front, lengths[0] if name == "anchor" else lengths[1])
         columns[name] = {"ids": Abstract(shape, np.dtype(np.int32)), "mask": Abstract(shape, np.dtype(bool))}
         if tower.include_prompt is False and (tower.prompts or {}).get(tower.prompt_for(name, task.prompt) or ""):
             columns[name]["pool"] = Abstract(shape, np.dtype(bool))
         if getattr(task.loss, "words", False):
             columns[name]["word"] = Abstract(shape, np.dtype(np.int32))
-        columns["hash"][name] = Abstract((*front, 2), np.dtype(np.uint32))
     return columns | _numbers(task, rows, config.model.towers[config.model.tower_of("anchor")])
 
 
-def _numbers(task: Set, rows: int, tower: Tower) -> dict[str, Any]:
+def _numbers(task: Set, rows: int, tower: Tower | ImageTower) -> dict[str, Any]:
     """What the data alone know is taken for what it mostly is: vectors of the tower's own width, lists of labels where the
     loss is for several."""
     found = {}

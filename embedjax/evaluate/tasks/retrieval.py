@@ -12,7 +12,7 @@ from embedjax.config.errors import ConfigError, DataError
 from embedjax.data.sources import Source, open_source, select
 from embedjax.evaluate import scores
 from embedjax.evaluate.retrieval import topk
-from embedjax.evaluate.rows import key_at, number_at, string_at, text_at
+from embedjax.evaluate.rows import key_at, number_at, picture_at, string_at, text_at
 from embedjax.evaluate.tasks.reading import opened, require, rows_of
 from embedjax.evaluate.tasks.side import Side, Vectors, comparable
 from embedjax.load import Model
@@ -41,7 +41,7 @@ class RetrievalData:
 
     def some(self, queries: Int[np.ndarray, " q"]) -> "RetrievalData":
         """The same documents, and only the queries of these numbers."""
-        texts = Side([self.queries.texts[query] for query in queries], self.queries.column)
+        texts = Side([self.queries.texts[query] for query in queries], self.queries.column, self.queries.pictures)
         own = None if self.own is None else self.own[queries]
         return dataclasses.replace(self, queries=texts, judgements=[self.judgements[query] for query in queries], own=own)
 
@@ -72,6 +72,8 @@ class RetrievalData:
             "recall@10": scores.recall_at(gains, ideal, 10),
             "recall@100": scores.recall_at(gains, ideal, 100),
         }
+        if self.task.pictures:
+            found |= {f"success@{k}": scores.success_at(gains, k) for k in (1, 5, 10)}
         return {key: float(value.mean()) for key, value in found.items()}
 
     def scores(self, vectors: Sequence[Vectors], similarity: Similarity, mesh: DeviceMesh | None) -> dict[str, float]:
@@ -86,17 +88,22 @@ def nearest(vectors: Sequence[Vectors], similarity: Similarity, mesh: DeviceMesh
 
 
 def read(task: Retrieval) -> RetrievalData:
+    if odd := [name for name in task.pictures if name not in ("query", "document")]:
+        raise ConfigError(f"task {task.name!r}: pictures names {odd[0]!r}; it is for query and document")
+    if task.pictures and task.corpus is not None:
+        raise ConfigError(f"task {task.name!r}: pictures are read from pairs, not from a corpus")
     return _read_pairs(task) if task.corpus is None else _read_judged(task)
 
 
 def _read_pairs(task: Retrieval) -> RetrievalData:
     """Equal documents are one document; all documents of equal queries are relevant to the one query."""
     source = opened(task, ("query", "document"))
-    queries: dict[str, int] = {}
-    documents: dict[str, int] = {}
+    queries: dict[str | bytes, int] = {}
+    documents: dict[str | bytes, int] = {}
     judgements: list[dict[int, float]] = []
+    at = lambda name, row: (picture_at if name in task.pictures else text_at)(source, row, task.columns[name])
     for row in rows_of(task, source):
-        query, document = (text_at(source, row, task.columns[name]) for name in ("query", "document"))
+        query, document = (at(name, row) for name in ("query", "document"))
         place = queries.setdefault(query, len(queries))
         if place == len(judgements):
             judgements.append({})
@@ -129,9 +136,10 @@ def _read_judged(task: Retrieval) -> RetrievalData:
 
 
 def _retrieval(
-    task: Retrieval, queries: Iterable[str], documents: Iterable[str], judgements: Sequence[Mapping[int, float]]
+    task: Retrieval, queries: Iterable[str | bytes], documents: Iterable[str | bytes], judgements: Sequence[Mapping[int, float]]
 ) -> RetrievalData:
-    return RetrievalData(task, Side(list(queries), "query"), Side(list(documents), "document"), judgements)
+    side = lambda items, name: Side(list(items), name, name in task.pictures)
+    return RetrievalData(task, side(queries, "query"), side(documents, "document"), judgements)
 
 
 def _texts_by_id(task: Retrieval, source: Source, columns: Mapping[str, str]) -> dict[str, str]:

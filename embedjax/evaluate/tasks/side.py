@@ -1,15 +1,16 @@
 """The texts of one column -> vectors, their prefixes, and how they are compared. Every task is made of such sides."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh as DeviceMesh
 from jaxtyping import Float
 
-from embedjax.config import Similarity, Tower
+from embedjax import config
+from embedjax.config import ImageTower, Similarity, Tower
 from embedjax.config.errors import ConfigError
-from embedjax.data.text import Texts
-from embedjax.evaluate.encode import Columns, Encoder
+from embedjax.evaluate.encode import Columns, Encoder, encoder_of
 from embedjax.load import Model
 
 Vectors = Float[np.ndarray, "N E"]
@@ -19,11 +20,11 @@ KEPT = 256 << 20
 
 
 class Side:
-    """The texts of one column, and their tokens as the last tokenizer gave them, so that a run tokenizes them once; those of a
-    large corpus, which would fill the memory, each time."""
+    """The texts of one column (or its pictures, as bytes or paths), and their tokens as the last tokenizer gave them, so that a
+    run tokenizes them once; those of a large corpus, which would fill the memory, each time."""
 
-    def __init__(self, texts: Sequence[str], column: str):
-        self.texts, self.column = list(texts), column
+    def __init__(self, texts: Sequence[Any], column: str, pictures: bool = False):
+        self.texts, self.column, self.pictures = list(texts), column, pictures
         self.tokens: tuple[tuple, list[Columns]] | None = None
 
     def vectors(
@@ -35,7 +36,7 @@ class Side:
     ) -> Vectors:
         """Encoded by the column's tower, with the prompt that `encode` gives it. `prompt` names other prompts, or an adapter;
         `progress(rows)` tells how many are done. Raises ConfigError for an unknown one."""
-        encoder = Encoder(model, column=self.column, task=prompt or None, mesh=mesh)
+        encoder = encoder_of(model, column=self.column_of(model.config), task=prompt or None, mesh=mesh)
         out, start = np.empty((len(self.texts), encoder.width), np.float32), 0
         for vectors in encoder.stream(self._blocks(encoder), progress=progress):
             out[start : start + len(vectors)] = vectors
@@ -43,7 +44,7 @@ class Side:
         return out
 
     def _blocks(self, encoder: Encoder) -> Iterable[Columns]:
-        key = (encoder.prompt, *_identity(encoder.texts))
+        key = encoder.identity
         return self.tokens[1] if self.tokens and self.tokens[0] == key else self._tokenized(encoder, key)
 
     def _tokenized(self, encoder: Encoder, key: tuple) -> Iterator[Columns]:
@@ -58,10 +59,16 @@ class Side:
 
     def prefix(self, model: Model, vectors: Vectors, dim: int) -> Vectors:
         """The first `dim` numbers of this side's vectors."""
-        return prefixed(vectors, dim, model.config.towers[model.config.tower_of(self.column)])
+        return prefixed(vectors, dim, model.config.towers[model.config.tower_of(self.column_of(model.config))])
+
+    def column_of(self, model: config.Model) -> str:
+        """The column of `model` that takes these: of a model of pictures and texts the other one, where queries are pictures
+        and anchors texts, or the other way round."""
+        takes = lambda column: isinstance(model.towers[model.tower_of(column)], config.ImageTower) == self.pictures
+        return next(filter(takes, (self.column, *config.ROLES)), self.column)
 
 
-def prefixed(vectors: Vectors, dim: int, tower: Tower) -> Vectors:
+def prefixed(vectors: Vectors, dim: int, tower: Tower | ImageTower) -> Vectors:
     """The first `dim` numbers of a tower's vectors, at length 1 again where the tower scales them. Raises ConfigError."""
     if dim > vectors.shape[1]:
         raise ConfigError(f"dims holds {dim}; the model's vectors have {vectors.shape[1]} numbers")
@@ -81,9 +88,3 @@ def pairwise(a: Vectors, b: Vectors, similarity: Similarity) -> Float[np.ndarray
 def unit(vectors: Vectors) -> Vectors:
     """Rows scaled to length 1; a row of zeros stays one."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
-
-def _identity(texts: Texts) -> tuple:
-    """What decides tokens, cheap enough to compare each time."""
-    said = (texts.max_length, tuple(sorted(texts.prompts.items())), texts.default_prompt, texts.include_prompt)
-    return (*said, hash(texts.tokenizer.to_str()))
