@@ -132,7 +132,7 @@ def test_wrong_commands(arguments, words, capsys):
         (HEAD + "Config(data=Data(sets=Set()))\n", ["Data.sets is Set(...); a list was expected"]),
         (HEAD + "Config(evaluate=Evaluate(tasks=('sts',), best='x'))\n", ["Evaluate.tasks.0 is 'sts'; expected one of Sts, "]),
         (HEAD + "Config(name=3)\n", ["config.name is 3; a string was expected"]),
-        (HEAD + "Config(model=Model({'a': Bert()}))\n", ["config.model.towers.a.type is 'Bert'; 'Tower' was expected"]),
+        (HEAD + "Config(model=Model({'a': Bert()}))\n", ["config.model.towers.a.type is 'Bert'; known: ImageTower, Tower"]),
         (HEAD + "Config(steps=1 // 0)\n", ["ZeroDivisionError"]),
         (HEAD + "Config(steps=0)\n", ["steps is 0"]),
         (HEAD + "Config(data=Data(batch_size=-4))\n", ["batch_size is -4"]),
@@ -194,10 +194,11 @@ def made(kind):
     return kind(losses=(Siglip(),)) if kind is Sum else kind(layers=Layers()) if issubclass(kind, Pooled) else kind()
 
 def config():
-    losses, sources = map(made, typing.get_args(Loss)), [Tfds(), Functions()] + [File()] * 99
+    losses, sources = map(made, typing.get_args(Loss)), [Tfds(), Functions(), Pictures(), Tar(), Glyphs()] + [File()] * 99
     sets = [Set(source, {"anchor": "a"}, name=str(i), loss=loss) for i, (loss, source) in enumerate(zip(losses, sources))]
     sets.append(Set(columns={"anchor": "a", "positive": "b"}, mine=Mine()))
     towers = {kind.__name__: Tower(kind(), dense=(Dense(8),), lora={"x": Lora()}) for kind in typing.get_args(Architecture)}
+    towers["Vit"] = ImageTower(Vit(), pixels=Pixels(), dense=(Dense(8),), lora={"x": Lora()})
     return Config(
         model=Model(towers), data=Data(sets=tuple(sets)), optim=Optim(groups=(Group(),)),
         evaluate=Evaluate(tasks=tuple(kind() for kind in typing.get_args(Task))),
