@@ -104,7 +104,7 @@ def test_every_other_mesh_gives_the_same_loss_and_gradients(shape):
 # What else the step may be: in chunks or in parts, with the ring.
 OTHERS = [
     (shape, way, form)
-    for shape in ((4, 2, 1), (2, 2, 2), (8, 1, 1))
+    for shape in ((4, 2, 1), (2, 2, 2))
     for way in WAYS
     for form in ("dense", "ring")
     if shape not in USUAL or (way, form) != ("plain", "dense")
@@ -160,6 +160,7 @@ def test_every_family_gives_the_same_on_a_mesh(arch):
     assert_same(found((2, 2, 2)), found((1, 1, 1)))
 
 
+@functools.cache
 def moved(*case):
     """[(collective, the axes it moves data along)] of the step on a mesh."""
     mesh, _, step_of = compiled(*case)
