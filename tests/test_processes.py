@@ -129,7 +129,7 @@ def child_of(process):
 def test_two_processes_give_what_one_gives(tmp_path, pairs_file):
     with Run(tmp_path / "two", pairs_file, 2) as two:
         assert two.codes() == [0, 0], two.told()
-    # The one is a process of its own too: in one that has run hundreds of other programs it was ended twice, as by the watchdog.
+    # The one is a process of its own too: in one that had run hundreds of other programs it was ended, as by the watchdog.
     with Run(tmp_path / "one", pairs_file, 1, devices=4, options=("--mesh.data", "2", "--mesh.fsdp", "2")) as one:
         assert one.codes() == [0], one.told()
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-6)
