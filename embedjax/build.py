@@ -12,7 +12,17 @@ import numpy as np
 import optax
 
 from embedjax import distributed, objective, optim, sharding, step
-from embedjax.config import Architecture, Config, HeadAccuracy, ImageArchitecture, ImageTower, Tower, Transformer, Vit
+from embedjax.config import (
+    Architecture,
+    Config,
+    HeadAccuracy,
+    ImageArchitecture,
+    ImageTower,
+    ModifiedResnet,
+    Tower,
+    Transformer,
+    Vit,
+)
 from embedjax.config.errors import ConfigError, nearest
 from embedjax.data.batches import Batches
 from embedjax.data.columns import is_text
@@ -193,11 +203,19 @@ def parts(config: Config, mesh: jax.sharding.Mesh) -> Parts:
     objectives = {task.name: objective.make(task, config.model, embedders, mesh) for task in config.data.tasks}
     shapes = jax.eval_shape(functools.partial(_random_params, config, embedders))
     trained_shapes, frozen = _partition(config, shapes)
+    trained_shapes, stats_shapes = optim.statistics(trained_shapes)
     if "loss" in frozen:
         raise ConfigError("optim.freeze matches loss/scale; set the loss's learn_scale to False instead")
+    if stats_shapes and config.optim.cached > 1:
+        tower = next(iter(stats_shapes["towers"]))
+        raise ConfigError(
+            f"optim.cached is {config.optim.cached}, but tower {tower!r} normalises by statistics of the batch, which chunks "
+            f"have not: set model.towers.{tower}.freeze_statistics to True, or use optim.accumulate"
+        )
     still = {name: tower.freeze_layers for name, tower in config.model.towers.items() if tower.freeze_layers}
     tx, schedule = optim.make(config.optim, config.steps, trained_shapes, still)
-    abstract = jax.eval_shape(functools.partial(step.init_state, tx=tx, ema=config.optim.ema), trained_shapes)
+    start = functools.partial(step.init_state, tx=tx, ema=config.optim.ema)
+    abstract = jax.eval_shape(start, trained_shapes, stats=stats_shapes)
     shardings = sharding.shardings(abstract, mesh)
     place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     constants = jax.tree.map(place, frozen, sharding.shardings(frozen, mesh))
@@ -225,7 +243,7 @@ def _check_sizes(config: Config, mesh: jax.sharding.Mesh) -> None:
         if size % (devices * parts):
             raise ConfigError(f"data.batch_size {size} is not divisible by {devices} devices x optim.{name} {parts}")
     for name, tower in config.model.towers.items():
-        if isinstance(tower.arch, Transformer | Vit) and tower.arch.heads % mesh.shape["tensor"]:
+        if isinstance(tower.arch, Transformer | Vit | ModifiedResnet) and tower.arch.heads % mesh.shape["tensor"]:
             raise ConfigError(
                 f"mesh.tensor {mesh.shape['tensor']} does not divide the {tower.arch.heads} heads of tower {name!r}"
             )
@@ -265,9 +283,10 @@ def _init(config: Config, embedders, tx, mesh) -> tuple[step.TrainState, dict]:
                 name
             ]
     trained, constants = _partition(config, params)
-    start = functools.partial(step.init_state, tx=tx, ema=config.optim.ema)
-    state = jax.jit(start, out_shardings=sharding.shardings(jax.eval_shape(start, trained), mesh))(trained)
-    return state, constants
+    trained, stats = optim.statistics(trained)
+    start = lambda trained, stats: step.init_state(trained, tx, config.optim.ema, stats)
+    places = sharding.shardings(jax.eval_shape(start, trained, stats), mesh)
+    return jax.jit(start, out_shardings=places)(trained, stats), constants
 
 
 def _overlay(random: dict, read: dict) -> dict:

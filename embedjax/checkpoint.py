@@ -138,15 +138,18 @@ class Checkpoints:
         leaves = [read[path] for path in flat]
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves), record
 
-    def params_only(self, step: int | None = None, parts: Sequence[str] = ("params",)) -> tuple[dict, int]:
+    def params_only(self, step: int | None = None, parts: Sequence[Sequence[str]] = (("params",),)) -> tuple[dict, int]:
         """The parameters as nested dicts of numpy arrays, and their step: that asked for, else the best whole one, else the
-        newest. They are the first of `parts` that the save holds. Raises as `restore` does."""
+        newest. They are the first of `parts` that the save holds: of several trees the first decides, and the others, as far as
+        it has them, are put into it. Raises as `restore` does."""
         step = self._verified(step, lambda: self.latest() if (best := self.best()) is None else best)
         arrays = self.record(step).arrays
-        part = next(part for part in parts if any(path.startswith(f"{part}/") for path in arrays))
-        wanted = {path: _abstract(described) for path, described in arrays.items() if path.startswith(f"{part}/")}
-        read = {path.removeprefix(f"{part}/"): array for path, array in self._read(step, wanted).items()}
-        return traverse_util.unflatten_dict(read, sep="/"), step
+        part = next(part for part in parts if any(path.startswith(f"{part[0]}/") for path in arrays))
+        trees = {path: tree for path in arrays for tree in part if path.startswith(f"{tree}/")}
+        read = self._read(step, {path: _abstract(arrays[path]) for path in trees})
+        return traverse_util.unflatten_dict(
+            {path.removeprefix(f"{trees[path]}/"): x for path, x in read.items()}, sep="/"
+        ), step
 
     def steps(self) -> list[int]:
         """The steps that are saved: every manifest is there. What they say is verified when a save is read."""

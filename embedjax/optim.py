@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from embedjax.config import Group, Model, Optim, Set
+from embedjax.config import Group, Model, ModifiedResnet, Optim, Resnet, Set
 from embedjax.config.errors import ConfigError
 from embedjax.models.lora import chosen
 from embedjax.sharding import path_of
@@ -32,6 +32,9 @@ DECAY: tuple[tuple[str, bool], ...] = (
 # What makes the input of the first layer: tables, the projection of patches, their norm. MPNet's table of relative positions is
 # read by all layers.
 UNDER_LAYERS = r"^towers/([^/]+)/encoder/(?:tokens|positions|types|norm|patches|class|registers)/"
+
+# Running statistics of batch normalisation: neither trained nor constant, they follow the batches.
+STATISTICS = r"^towers/[^/]+/encoder/.*norm/(?:mean|var)$"
 
 # What a loss itself learns besides a head: with these alone no vector changes.
 OF_THE_LOSS = ("loss/scale", "loss/bias")
@@ -114,6 +117,10 @@ def layers(params: Mapping, decay: float, still: Mapping[str, int]) -> Any:
     """
     leaves = [(path_of(key), x) for key, x in jax.tree_util.tree_leaves_with_path(params)]
     depths = {tower: x.shape[0] for path, x in leaves if (tower := _tower_of_layers(path))}
+    if decay < 1 and (found := next((path for path, _ in leaves if re.search(r"/encoder/stage\d+/", path)), "")):
+        raise ConfigError(
+            f"optim.layer_decay counts a transformer's layers, but {found} is a ResNet's; optim.groups sets rates of its stages"
+        )
 
     def factor(key: tuple, x: Any) -> Any:
         path = path_of(key)
@@ -144,6 +151,13 @@ def constant(model: Model, sets: Sequence[Set]) -> tuple[str, ...]:
         if tower.freeze_layers > (depth := getattr(tower.arch, "depth", 0)):
             raise ConfigError(f"tower {name!r}: freeze_layers is {tower.freeze_layers}; it has {depth} layers")
         start = f"^towers/{re.escape(name)}"
+        if 0 < tower.freeze_layers < depth and isinstance(tower.arch, ModifiedResnet | Resnet):
+            raise ConfigError(
+                f"tower {name!r}: freeze_layers counts a transformer's layers; of a ResNet name what is not trained, as in "
+                f'optim.freeze=("{start}/encoder/(stem|stage1)/",)'
+            )
+        if getattr(tower, "freeze_statistics", False):
+            found.append(f"{start}/encoder/.*norm/(?:mean|var)$")
         if tower.freeze_layers == depth > 0:  # no layer is left to train, nor to adapt
             found += [f"{start}/{part}/" for part in ("encoder", "lora") if part == "encoder" or tower.lora]
         elif tower.lora:
@@ -164,12 +178,18 @@ def partition(params: Mapping, freeze: Sequence[str]) -> tuple[dict, dict]:
     patterns = [_pattern(regex, "freeze") for regex in freeze]
     _require_matches(patterns, params, "freeze")
     trained, frozen = _split(params, "", patterns)
-    if all(path_of(key) in OF_THE_LOSS for key, _ in jax.tree_util.tree_leaves_with_path(trained)):
+    paths = [path_of(key) for key, _ in jax.tree_util.tree_leaves_with_path(trained)]
+    if all(path in OF_THE_LOSS or re.search(STATISTICS, path) for path in paths):
         raise ConfigError(
             f"{list(freeze)} (of optim.freeze, and by freeze_layers and lora of the towers) freezes every parameter; leave "
             "something to train"
         )
     return trained, frozen
+
+
+def statistics(trained: Mapping) -> tuple[dict, dict]:
+    """What `partition` gives as trained, as (parameters, running statistics); `objective.combine` undoes it."""
+    return _split(trained, "", [re.compile(STATISTICS)])
 
 
 def _split(params: Mapping, prefix: str, patterns: Sequence[re.Pattern]) -> tuple[dict, dict]:

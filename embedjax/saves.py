@@ -24,7 +24,8 @@ def read(run: Path, which: str, metric: str | None) -> tuple[dict, int]:
     Raises ConfigError for what means nothing, StorageError for a save that is not there or damaged.
     """
     kind, _, rest = which.partition(":")
-    wanted, parts = (rest, ("params",)) if kind == "raw" else (which, ("extra/ema", "params"))
+    trained = ("params", "extra/stats")  # an average holds running statistics too
+    wanted, parts = (rest, (trained,)) if kind == "raw" else (which, (("extra/ema",), trained))
     soup = re.fullmatch(r"soup:(?:last(\d+)|(\d+(?:,\d+)+))", wanted)
     if not (soup or wanted in ("", "best") or wanted.isdecimal()):
         raise ConfigError(f"{run}@{which}: after @ comes {KNOWN}")

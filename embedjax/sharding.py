@@ -24,6 +24,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(tokens|positions|types)/embedding$", P(None, ("fsdp", "tensor"))),
     (r"(relative|class|registers|probe)/embedding$", P()),
     (r"patches/kernel$", P(None, "fsdp")),
+    (r"encoder/(stem|stage\d+)/.*kernel$", P(None, "fsdp")),  # convolutions, whose channels `tensor` does not split
     (r"blocks/.*(query|key|value|up)/kernel$", P(None, "fsdp", "tensor")),
     (r"blocks/.*(out|down)/kernel$", P(None, "tensor", "fsdp")),
     (r"blocks/.*(query|key|value|up)/bias$", P(None, "tensor")),
@@ -31,7 +32,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"head/.*(out|down)/kernel$", P("tensor", "fsdp")),
     (r"head/.*(query|key|value|up)/bias$", P("tensor")),
     (r"dense/\d+/kernel$", P("fsdp", None)),
-    (r"/lora/[^/]+/(head|patches)/.*/[ab]$", P()),
+    (r"/lora/[^/]+/(head|patches|stem|stage\d+)/.*/[ab]$", P()),
     # A pair of low rank lies as its product does: no pair is moved to make it.
     (r"/lora/.*(query|key|value|up)/kernel/a$", P(None, "fsdp")),
     (r"/lora/.*(query|key|value|up)/kernel/b$", P(None, None, "tensor")),
@@ -39,7 +40,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"/lora/.*(out|down)/kernel/b$", P(None, None, "fsdp")),
     (r"loss/[^/]+/transform/kernel$", P("fsdp", None)),
     (r"loss/[^/]+/kernel$", P()),
-    (r"/bias$|norm/scale$", P()),
+    (r"/bias$|norm/(scale|mean|var)$", P()),
     (r"loss/(scale|bias)$", P()),
 )
 

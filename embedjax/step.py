@@ -1,6 +1,6 @@
 """The training step: state, gradient (plain, accumulated or cached), update. The only jitted entry of training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,16 +10,22 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from embedjax import sharding
-from embedjax.objective import Objective, bound
+from embedjax.objective import Objective, bound, combine
 
 Gradient = Callable[..., tuple[tuple[jax.Array, dict], Any]]
+"""`(params, constants, columns, key) -> ((loss, metrics), gradient)`; among the metrics "stats", where towers have taken those
+of the batch."""
+
+MOMENTUM = 0.1
+"""How far the running statistics of batch normalisation go to those of each batch; torch's default, and so that of every
+published ResNet."""
 
 
 class TrainState(NamedTuple):
     """What a checkpoint holds. `step` counts batches, skipped ones included; the schedule counts applied updates.
 
     `extra`: `skipped`, steps whose loss or gradient was not finite, and `in_a_row`, how many of them were the latest; `ema`,
-    where one is kept, the moving average of `params`.
+    where one is kept, the moving average of `weights`; `stats`, where towers have such, the running statistics.
     """
 
     step: jax.Array
@@ -28,16 +34,17 @@ class TrainState(NamedTuple):
     extra: dict
 
 
-def init_state(params: dict, tx: optax.GradientTransformation, ema: float = 0.0) -> TrainState:
+def init_state(params: dict, tx: optax.GradientTransformation, ema: float = 0.0, stats: dict | None = None) -> TrainState:
     zero = lambda: jnp.zeros((), jnp.int32)
     # Copies: a step donates the state, and no array can be given away twice.
-    average = {"ema": jax.tree.map(jnp.copy, params)} if ema else {}
-    return TrainState(zero(), params, tx.init(params), {"skipped": zero(), "in_a_row": zero(), **average})
+    average = {"ema": jax.tree.map(jnp.copy, combine(params, stats or {}))} if ema else {}
+    counts = {"skipped": zero(), "in_a_row": zero()}
+    return TrainState(zero(), params, tx.init(params), counts | average | ({"stats": stats} if stats else {}))
 
 
 def weights(state: TrainState) -> dict:
-    """What is evaluated, exported and loaded: the average of the parameters where one is kept, else the parameters."""
-    return state.extra.get("ema", state.params)
+    """What is evaluated, exported and loaded, with running statistics: the average where one is kept, else as trained."""
+    return state.extra["ema"] if "ema" in state.extra else combine(state.params, state.extra.get("stats", {}))
 
 
 def plain(objective: Objective) -> Gradient:
@@ -45,8 +52,9 @@ def plain(objective: Objective) -> Gradient:
 
     def gradient(params, constants, columns, key):
         def value(params):
-            outputs = _apart(objective.encode)(_copies(params), constants, columns, key)
-            return objective.loss(params, outputs, objective.targets(constants, columns), key)
+            outputs, stats = _apart(objective.encode)(_copies(params), constants, columns, key)
+            value, metrics = objective.loss(params, outputs, objective.targets(constants, columns), key)
+            return value, metrics | stats
 
         return jax.value_and_grad(value, has_aux=True)(params)
 
@@ -61,16 +69,22 @@ def _copies(params: Any) -> Any:
 
 def _apart(encode: Callable) -> Callable:
     """`encode` with `_copies` of the parameters under `shard_map` over `data`: a copy has the gradient of the rows of its
-    part, and no loop inside sums over `data`. XLA would leave that sum in the loop over layers."""
+    part, and no loop inside sums over `data`. XLA would leave that sum in the loop over layers. What it returns comes as
+    (outputs, {"stats": ...} or {}): rows, and statistics of the whole batch, which `encode` itself took over `data`."""
+
+    def told(params, constants, columns, key):
+        outputs = dict(encode(params, constants, columns, key))
+        stats = outputs.pop("stats", None)
+        return outputs, {"stats": stats} if stats else {}
 
     def local(copies, constants, columns, key):
-        return encode(jax.tree.map(lambda x: x[0], copies), _varying(constants), columns, _varying(key))
+        return told(jax.tree.map(lambda x: x[0], copies), _varying(constants), columns, _varying(key))
 
     def apart(copies, constants, columns, key):
         if _parts_of_data() == 1:
-            return encode(jax.tree.map(lambda x: x[0], copies), constants, columns, key)
+            return told(jax.tree.map(lambda x: x[0], copies), constants, columns, key)
         rows = P("data")
-        made = jax.shard_map(local, in_specs=(rows, P(), rows, P()), out_specs=rows, axis_names={"data"})
+        made = jax.shard_map(local, in_specs=(rows, P(), rows, P()), out_specs=(rows, P()), axis_names={"data"})
         return made(copies, constants, columns, key)
 
     return apart
@@ -83,12 +97,14 @@ def _parts_of_data() -> int:
 def accumulated(objective: Objective, parts: int) -> Gradient:
     """The mean over `parts` of the batch of each part's loss and gradient: a batch `parts` times smaller as far as in-batch
     negatives go, in the memory of one part. It equals `plain` only for losses that are a mean over rows; or over what a row has
-    several of, such as tokens, if the metric `weight` is how many a part has."""
+    several of, such as tokens, if the metric `weight` is how many a part has. Where a tower normalises by statistics of the
+    batch each part does by its own, and the running ones follow their mean."""
 
     def gradient(params, constants, columns, key):
         def weighed(params, copies, part):
-            outputs = _apart(objective.encode)(copies, constants, part, key)
+            outputs, stats = _apart(objective.encode)(copies, constants, part, key)
             value, metrics = objective.loss(params, outputs, objective.targets(constants, part), key)
+            metrics = metrics | stats
             weight = jax.lax.stop_gradient(metrics.get("weight", jnp.ones_like(value)))
             return weight * value, (weight, jax.tree.map(lambda x: weight * x, metrics))
 
@@ -110,7 +126,8 @@ def cached(objective: Objective, chunks: int, mesh: Mesh) -> Gradient:
     """What `plain` gives, in the memory of one of `chunks` of the batch: GradCache (Gao et al. 2021, section 3).
 
     Every chunk is embedded without keeping activations; the loss sees all embeddings; then each chunk is embedded again, with
-    the same dropout, and takes its share of the loss's gradient back to the parameters. Costs one forward pass more.
+    the same dropout, and takes its share of the loss's gradient back to the parameters. Costs one forward pass more. No tower
+    may normalise by statistics of the batch: a chunk has others.
     """
 
     def gradient(params, constants, columns, key):
@@ -168,29 +185,42 @@ def make(gradient: Gradient, tx: optax.GradientTransformation, schedule: Callabl
 
     An update whose loss or gradient norm is not finite is skipped, on all devices alike: parameters and optimiser state stay
     as they were. Dropout is keyed by (seed, step) alone, so nothing random is stored. With `ema` each applied update moves the
-    average, which began as the first parameters (so it needs no correction), by 1 - ema of the way to the new ones.
+    average, which began as the first parameters (so it needs no correction), by 1 - ema of the way to the new ones. Running
+    statistics go MOMENTUM of the way to those of the batch.
     """
 
     def step(state: TrainState, constants: dict, columns: dict) -> tuple[TrainState, dict]:
         key = jax.random.bits(jax.random.fold_in(jax.random.key(seed), state.step), (), jnp.uint32)
         (loss, metrics), grads = gradient(state.params, constants, columns, key)
+        seen = metrics.get("stats", {})
+        metrics = {name: x for name, x in metrics.items() if name != "stats"}
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = bound(jax.tree.map(jnp.add, state.params, updates))
         keep = lambda new, old: jnp.where(finite, new, old)
-        params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
+        old = state.extra.get("stats", {})
+        made, before = (params, opt_state, followed(old, seen)), (state.params, state.opt_state, old)
+        params, opt_state, stats = jax.tree.map(keep, made, before)
         skipped = (~finite).astype(jnp.int32)
         counts = {"skipped": state.extra["skipped"] + skipped, "in_a_row": (state.extra["in_a_row"] + 1) * skipped}
         rate = schedule(state.step - state.extra["skipped"])
         metrics = {**metrics, "loss": loss, "grad_norm": norm, "learning_rate": rate, **counts}
         # In this form a parameter that never changes is its own average, to the bit.
         toward = lambda mean, new: mean + (1 - ema) * (new - mean)
-        average = {"ema": jax.tree.map(lambda a, p: keep(toward(a, p), a), state.extra["ema"], params)} if ema else {}
-        extra = counts | average
+        moved = lambda a, p: keep(toward(a, p), a)
+        average = {"ema": jax.tree.map(moved, state.extra["ema"], combine(params, stats))} if ema else {}
+        extra = counts | average | ({"stats": stats} if stats else {})
         return TrainState(state.step + 1, params, opt_state, extra), metrics
 
     return step
+
+
+def followed(old: Mapping, seen: Mapping) -> dict:
+    """Running statistics after a batch, of which `seen` holds those of the towers that it went through: torch's formula."""
+    known = {name: x for name, x in old.items() if name in seen}
+    move = lambda x, batch: followed(x, batch) if isinstance(x, Mapping) else (1 - MOMENTUM) * x + MOMENTUM * batch
+    return {**old, **{name: move(x, seen[name]) for name, x in known.items()}}
 
 
 def jitted(step: Callable, shardings: TrainState) -> Callable:

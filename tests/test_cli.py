@@ -198,7 +198,8 @@ def config():
     sets = [Set(source, {"anchor": "a"}, name=str(i), loss=loss) for i, (loss, source) in enumerate(zip(losses, sources))]
     sets.append(Set(columns={"anchor": "a", "positive": "b"}, mine=Mine()))
     towers = {kind.__name__: Tower(kind(), dense=(Dense(8),), lora={"x": Lora()}) for kind in typing.get_args(Architecture)}
-    towers["Vit"] = ImageTower(Vit(), pixels=Pixels(), dense=(Dense(8),), lora={"x": Lora()})
+    image = lambda kind: ImageTower(kind(), pixels=Pixels(), dense=(Dense(8),), lora={"x": Lora()})
+    towers |= {kind.__name__: image(kind) for kind in typing.get_args(ImageArchitecture)}
     return Config(
         model=Model(towers), data=Data(sets=tuple(sets)), optim=Optim(groups=(Group(),)),
         evaluate=Evaluate(tasks=tuple(kind() for kind in typing.get_args(Task))),

@@ -25,11 +25,14 @@ PRESETS = [
     config.SiglipText(vocab_size=64, width=16, depth=2, heads=2, mlp=32, positions=16),
     config.Vit(image=8, patch=4, width=16, depth=2, heads=2, mlp=32, pool="map", registers=2),
     config.Vit(image=8, patch=4, width=16, depth=2, heads=2, mlp=32, input_norm=True),
+    config.ModifiedResnet(image=32, depths=(1, 1, 1, 1), channels=8, heads=4, features=16),
+    config.Resnet(image=16, depths=(1, 1), channels=(16, 32), stem=8),
 ]
+RESNETS = config.ModifiedResnet | config.Resnet
 
 
 def params(arch):
-    if isinstance(arch, config.Vit):
+    if isinstance(arch, config.ImageArchitecture):
         tower = jax.eval_shape(ImageEmbedder(arch, dense=(config.Dense(8),)).init, jax.random.key(0))
         adapters = {"wide": config.Lora(2, paths="kernel")}
         tower["lora"] = jax.eval_shape(lambda key: lora.init(adapters, tower["encoder"], key), jax.random.key(0))
@@ -68,11 +71,15 @@ def test_every_parameter_matches_and_no_rule_is_idle():
 
 @pytest.mark.parametrize("arch", PRESETS, ids=lambda a: type(a).__name__)
 def test_every_parameter_has_one_decay_rule_and_all_under_the_layers_is_known(arch):
-    tree = params(arch)
+    tree, _ = optim.statistics(params(arch))
     decays, found = optim.decays(tree), paths(tree)
     for path, decay in zip(found, jax.tree.leaves(decays), strict=True):
         small = path.endswith(("bias", "scale")) or "relative" in path
         assert decay != small, path
+    if isinstance(arch, RESNETS):
+        with pytest.raises(ConfigError, match="layer_decay counts a transformer's layers"):
+            optim.layers(tree, 0.5, {})
+        return
     rates = dict(zip(found, jax.tree.leaves(optim.layers(tree, 0.5, {})), strict=True))
     above = r"/encoder/(final_norm|head|relative)/"
     lowest = {path for path in found if "/encoder/" in path and "/blocks/" not in path and not re.search(above, path)}

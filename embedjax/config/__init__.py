@@ -52,6 +52,7 @@ from embedjax.config.model import (
     Tower,
     Transformer,
 )
+from embedjax.config.resnet import RESNETS, ModifiedResnet, Resnet
 from embedjax.config.run import Checkpoint, Config, Distributed, Evaluate, Export, Group, Mesh, Optim
 from embedjax.config.tasks import (
     BitextMining,
@@ -118,6 +119,7 @@ __all__ = [
     "Mined",
     "Model",
     "ModernBert",
+    "ModifiedResnet",
     "Mpnet",
     "MultipleNegatives",
     "Negatives",
@@ -127,8 +129,10 @@ __all__ = [
     "Pictures",
     "Pixels",
     "Pooled",
+    "RESNETS",
     "ROLES",
     "Reranking",
+    "Resnet",
     "Retrieval",
     "Roberta",
     "Set",

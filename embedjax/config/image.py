@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from embedjax.config.errors import ConfigError
 from embedjax.config.model import Activation, Dense, Dtype, Lora, Similarity
+from embedjax.config.resnet import ModifiedResnet, Resnet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Vit:
         return int(self.pool == "cls") + self.registers + self.patches
 
 
-ImageArchitecture = Vit
+ImageArchitecture = Vit | ModifiedResnet | Resnet
 
 _SIZES = {  # width, depth, heads, mlp: Touvron et al. 2021 (Ti, S), Dosovitskiy et al. 2020, Alabdulmohsin et al. 2023 (So400m)
     "Ti": (192, 12, 3, 768),
@@ -186,6 +187,9 @@ class ImageTower:
     """Adapters by name, such as one a task. With any, the encoder itself is not trained."""
     freeze_layers: int = 0
     """With n, the patch projection, the positions and the first n layers are not trained; 0 for none of them."""
+    freeze_statistics: bool = False
+    """Whether the running statistics of a ResNet's batch normalisation stay as they are and are what training normalises by;
+    else each step normalises by those of its batch, over all devices, and the running ones follow."""
 
     def __post_init__(self):
         for name in self.lora:
@@ -193,6 +197,8 @@ class ImageTower:
                 raise ConfigError(f"the adapter {name!r} of a tower needs a name of letters, digits, '_', '.' and '-'")
         if self.freeze_layers < 0:
             raise ConfigError(f"freeze_layers is {self.freeze_layers}; it must be at least 0")
+        if self.freeze_statistics and isinstance(self.arch, Vit):
+            raise ConfigError("freeze_statistics is true; a Vit has no running statistics")
         if self.arch is None and not self.init:
             raise ConfigError("a tower needs `arch` (sizes) or `init` (a folder or hub id to start from)")
 

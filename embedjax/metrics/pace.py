@@ -4,7 +4,7 @@ import collections
 import statistics
 import time
 
-from embedjax.config import Architecture, ImageArchitecture, ModernBert, Static, Vit
+from embedjax.config import Architecture, ImageArchitecture, ModernBert, ModifiedResnet, Resnet, Static, Vit
 
 # Dense bfloat16 FLOP/s of a chip, by the start of its `device_kind`; makers' data sheets.
 PEAK_FLOPS = {
@@ -31,6 +31,8 @@ def train_flops(arch: Architecture | ImageArchitecture, rows: int, length: int) 
     the forward's products. A static table has none."""
     if isinstance(arch, Static):
         return 0.0
+    if isinstance(arch, ModifiedResnet | Resnet):
+        return 3.0 * 2 * rows * arch.products
     d, f = arch.width, arch.mlp
     inner = 3 * d * f if isinstance(arch, ModernBert) else 2 * d * f
     per_token = 2 * (4 * d * d + inner) + 4 * length * d

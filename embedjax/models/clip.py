@@ -1,4 +1,4 @@
-"""Hugging Face's models of pictures and texts <-> our towers: CLIPModel and SiglipModel, their halves, and ViTs.
+"""Hugging Face's models of pictures and texts <-> our towers: CLIPModel and SiglipModel, their halves, ViTs and ResNets.
 
 Speaks of a config.json and of tensors, not of files: a folder is read as
 
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from embedjax.config import ClipText, Dense, SiglipText, Vit
+from embedjax.config import ClipText, Dense, ImageArchitecture, SiglipText, Vit
 from embedjax.config.errors import ConfigError, nearest
 from embedjax.config.model import PoolingName
 from embedjax.models import weights
@@ -41,7 +41,7 @@ LOSS = {
 class Part(NamedTuple):
     """One tower of a folder."""
 
-    arch: Vit | ClipText | SiglipText
+    arch: ImageArchitecture | ClipText | SiglipText
     dense: tuple[Dense, ...] = ()
 
 
@@ -100,8 +100,8 @@ def to_hf(found: Parts) -> dict[str, Any]:
             return half | {"architectures": [f"{half['architectures'][0]}WithProjection"], "projection_dim": features[side]}
         return half
     kind, image = _pair(found), found["image"].arch
-    assert isinstance(image, Vit)
-    if halves["image"]["model_type"] != f"{kind}_vision_model" or (kind == "siglip" and image.pool != "map"):
+    pooled = not isinstance(image, Vit) or kind == "clip" or image.pool == "map"
+    if halves["image"]["model_type"] != f"{kind}_vision_model" or not pooled:
         raise ConfigError(f"no Hugging Face model joins a {type(found['text'].arch).__name__} with this image tower: {image}")
     widths = {"image": features["image"] or image.width, "text": features["text"]}
     if widths["image"] != widths["text"]:
@@ -192,7 +192,7 @@ def _outer(found: Parts) -> dict[str, Outer]:
     """By the name in a file of two towers: projections, and what of the loss is learned."""
     outer = {}
     for side, part in found.items():
-        name = {Vit: "visual_projection", ClipText: "text_projection", SiglipText: "text_model.head"}[type(part.arch)]
+        name = {ClipText: "text_projection", SiglipText: "text_model.head"}.get(type(part.arch), "visual_projection")
         for dense in part.dense:
             outer[f"{name}.weight"] = Outer(f"towers/{side}/dense/0/kernel", (dense.features, part.arch.width))
             if dense.bias:

@@ -68,7 +68,8 @@ class ImageEmbedder:
 
         `key` draws dropout, the patches that are left out and the colours; None changes nothing. `row` numbers the pictures of
         the first axis in the global batch, as the texts of `Embedder.apply`: a picture's result depends on that picture and
-        its row alone. Raises ConfigError for pictures of another size than the tower's.
+        its row alone, unless the tower normalises by statistics of the batch: it does where `params` holds no running ones.
+        Raises ConfigError for pictures of another size than the tower's.
         """
         *lead, H, W, C = column["pixels"].shape
         count = math.prod(lead)
@@ -76,12 +77,14 @@ class ImageEmbedder:
         x_NHWC = self.numbers(column["pixels"].reshape(count, H, W, C), row=row_N, key=key)
         tower: Any = self.tower  # Linen's apply is typed for every kind of module at once
         encoder = params["encoder"]
-        tokens, each = tower.apply({"params": encoder}, x_NHWC, row_B=row_N, key=key, want_layers="layers" in want)
+        how = {"row_B": row_N, "key": key, "want_layers": "layers" in want}
+        tokens, each, *seen = tower.apply({"params": encoder}, x_NHWC, **how)
         unflatten = lambda x, axes: x.reshape(*axes, *lead, *x.shape[-2:])
         return Output(
             pooled=self._head(params, tokens).reshape(*lead, self.width) if "pooled" in want else None,
             tokens=unflatten(tokens, ()) if "tokens" in want else None,
             layers=None if each is None else unflatten(each, each.shape[:1]),
+            stats={"encoder": seen[0]} if any(seen) else None,
         )
 
     def numbers(

@@ -1,6 +1,6 @@
 """What every embedder returns, and how rows are numbered on their way there."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -17,6 +17,8 @@ class Output(NamedTuple):
     """The last layer's vectors of every token, padding included, or of every patch and what stands before them."""
     layers: Float[Array, "S+1 *B L D"] | None = None
     """Every layer's, what the first one sees first."""
+    stats: dict[str, Any] | None = None
+    """Statistics of the batch, {"encoder": ...} by the paths of the running ones, of a tower that was not given these."""
 
 
 def spread(row_B: Int[Array, "B"], copies: int) -> Int[Array, "N"]:

@@ -1,15 +1,15 @@
-"""Hugging Face folders that hold an image tower, alone or beside one of texts (CLIPModel, SiglipModel, ViT) -> what our towers
-are made of, and the preprocessing of their pictures both ways. Writes no weights and reads no tokenizer."""
+"""Hugging Face folders that hold an image tower, alone or beside one of texts (CLIPModel, SiglipModel, ViT, ResNet) -> what our
+towers are made of, and the preprocessing of their pictures both ways. Writes no weights and reads no tokenizer."""
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from embedjax.config import ImageTower, Pixels, Vit
+from embedjax.config import ImageArchitecture, ImageTower, Pixels, Resnet
 from embedjax.config.errors import ConfigError, nearest
 from embedjax.models import clip
-from embedjax.models.families import IMAGE_FAMILIES, vit
+from embedjax.models.families import IMAGE_FAMILIES, family_of
 from embedjax.models.jsonfile import get, read_json
 from embedjax.models.weights import load_tensors
 
@@ -40,7 +40,9 @@ def part(folder: Path, side: str) -> clip.Part:
 def read_image_tower(folder: Path) -> ImageTower:
     """The resolved image tower of a folder; `init` is the folder."""
     arch, dense = part(folder, "image")
-    assert isinstance(arch, Vit)
+    assert isinstance(arch, ImageArchitecture)
+    if isinstance(arch, Resnet):  # of whose pictures the preprocessing alone tells the size
+        arch = dataclasses.replace(arch, image=_side(folder, arch.image))
     return ImageTower(arch, str(folder), read_pixels(folder, arch.image), dense=dense, normalize=True, similarity="cosine")
 
 
@@ -51,15 +53,27 @@ def read_params(folder: Path, side: str, arch: Any) -> dict[str, Any]:
     found = clip.parts(read_json(file), file=file)
     known = part(folder, side).arch
     params = clip.from_tensors(found, load_tensors(folder), file=folder)["towers"][side]
-    if isinstance(known, Vit) and isinstance(arch, Vit) and known != arch:
-        like = {
-            "image": known.image,
-            **{name: getattr(known, name) for name in ("dropout", "attention_dropout", "patch_dropout")},
-        }
-        if dataclasses.replace(arch, **like) != known:
+    if isinstance(arch, ImageArchitecture) and known != arch:
+        free = ("image", "dropout", "attention_dropout", "patch_dropout")
+        like = {name: getattr(known, name) for name in free if hasattr(known, name)}
+        if type(arch) is not type(known) or dataclasses.replace(arch, **like) != known:
             raise ConfigError(f"{folder} holds the image tower {known}, not {arch}")
-        params["encoder"] = vit.resized(params["encoder"], known, arch)
+        params["encoder"] = family_of(arch).resized(params["encoder"], known, arch)
     return params
+
+
+def _side(folder: Path, default: int) -> int:
+    """The side of the pictures that preprocessor_config.json makes."""
+    file = folder / PREPROCESSOR
+    if not file.exists():
+        return default
+    config = read_json(file)
+    wanted = config.get("crop_size") if config.get("do_center_crop") else None
+    wanted = config.get("size", default) if wanted is None else wanted
+    sides = set(wanted.values()) if isinstance(wanted, dict) else {wanted}
+    if len(sides) != 1 or type(side := sides.pop()) is not int or side < 1:
+        raise ConfigError(f"{file}: pictures are made {wanted!r}; they are squares here")
+    return side
 
 
 def read_pixels(folder: Path, size: int) -> Pixels:

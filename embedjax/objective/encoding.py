@@ -19,7 +19,8 @@ LAYERS, PREFIXES = 1, 2
 
 def texts(task: Set, model: Model, embedders: Mapping[str, Embedder]) -> Callable:
     """The `encode` of a loss of vectors: outputs {"anchor": [B E], "positive": [B 1+K E]}, as far as the set has these columns;
-    with `layers` in the loss also "layers", the same at n earlier layers: {"anchor": [B n E], ...}."""
+    with `layers` in the loss also "layers", the same at n earlier layers: {"anchor": [B n E], ...}; and where a tower has
+    normalised by statistics of the batch "stats", by the paths of the running ones: {"towers": {tower: {"encoder": ...}}}."""
     loss = task.loss
     embed = encoder(model, embedders, loss.layers if isinstance(loss, Pooled) else None)
 
@@ -61,7 +62,9 @@ def encoder(model: Model, embedders: Mapping[str, Embedder], layers: Layers | No
             whole = {k: jnp.concatenate([part[k] for part in stacked], 1) for k in stacked[0]}
             # Groups share row numbers, so each has its own key: equal masks for a row's texts would correlate them.
             salted = None if key is None else key + jnp.uint32((place * 0x9E3779B9) & 0xFFFFFFFF)
-            found = _embed(embedders[tower], towers[tower], whole, row, salted, key, layers)
+            found, seen = _embed(embedders[tower], towers[tower], whole, row, salted, key, layers)
+            if seen:  # pictures have one size, so no tower is called twice
+                outputs.setdefault("stats", {"towers": {}})["towers"][tower] = seen
             start = 0
             for name, width in zip(names, widths, strict=True):
                 leaf = next(iter(columns[name].values()))
@@ -81,16 +84,17 @@ def item_shape(column: Mapping[str, Array]) -> tuple[int, ...]:
     return column["pixels"].shape[-3:] if "pixels" in column else column["ids"].shape[-1:]
 
 
-def _embed(embedder: Embedder, params, column, row, key, step_key, layers: Layers | None) -> tuple[Array, ...]:
-    """The vectors [B C E] of a column [B C L], and if asked for those of the layers that the step draws [B C n E]."""
+def _embed(embedder: Embedder, params, column, row, key, step_key, layers: Layers | None) -> tuple[tuple[Array, ...], Any]:
+    """The vectors [B C E] of a column [B C L], and if asked for those of the layers that the step draws [B C n E]; and the
+    statistics of the batch, if the tower took them."""
     out = embedder.apply(params, column, row=row, key=key, want=("pooled", *(("layers",) if layers else ())))
     assert out.pooled is not None
     if not layers:
-        return (out.pooled,)
+        return (out.pooled,), out.stats
     assert out.layers is not None
     chosen = drawn(step_key, LAYERS, embedder.arch.depth, layers.per_step)
     earlier = [embedder.pool(params, tokens, column) for tokens in out.layers[chosen]]
-    return out.pooled, jnp.stack(earlier, -2)
+    return (out.pooled, jnp.stack(earlier, -2)), out.stats
 
 
 def frozen_tower(

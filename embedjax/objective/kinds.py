@@ -17,7 +17,9 @@ class Objective(NamedTuple):
     """Three pure functions, as an optax transformation is two. `params` are trained, `constants` are not; both hold trees of
     the same shape, `{"towers": ..., "loss": ...}`.
 
-    `encode(params, constants, columns, key) -> outputs` works row by row, so that any chunk gives the same rows;
+    `encode(params, constants, columns, key) -> outputs` works row by row, so that any chunk gives the same rows; but where it
+    is not given a tower's running statistics, rows are normalised by those of all it is given, which are in `outputs["stats"]`
+    and not meant for `loss`;
     `targets(constants, columns) -> tree` takes no gradient, row by row too;
     `loss(params, outputs, targets, key) -> (scalar, metrics)` sees the global batch. `key`, the step's, draws the dropout of
     `encode` and whatever else is random; None draws nothing.

@@ -11,7 +11,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, UInt32
 
-from embedjax.config import ClassHead, InBatch, Layers, Model, Pooled, Set, Static, Sum, VectorDistillation
+from embedjax.config import (
+    ClassHead,
+    InBatch,
+    Layers,
+    Model,
+    ModifiedResnet,
+    Pooled,
+    Resnet,
+    Set,
+    Static,
+    Sum,
+    VectorDistillation,
+)
 from embedjax.config.errors import ConfigError
 from embedjax.losses import compose
 from embedjax.models.embedder import Embedder
@@ -106,6 +118,8 @@ def _depth(task: Set, model: Model, embedders: Mapping[str, Embedder]) -> int:
     depths = {embedders[name].arch.depth for name in towers}
     if any(isinstance(embedders[name].arch, Static) for name in towers):
         raise ConfigError(f"set {task.name!r} trains earlier layers of a static tower, which has none")
+    if any(isinstance(embedders[name].arch, ModifiedResnet | Resnet) for name in towers):
+        raise ConfigError(f"set {task.name!r} trains earlier layers of a ResNet, whose maps are of other sizes than the last")
     if len(depths) > 1:
         raise ConfigError(f"set {task.name!r} trains earlier layers of towers of {sorted(depths)} layers; they must agree")
     return depths.pop()

@@ -40,6 +40,9 @@ def _add(jaxpr: Jaxpr, times: float, total: Flops) -> None:
         if name == "dot_general":
             unit = _unit(eqn)
             setattr(total, unit, getattr(total, unit) + times * _product(eqn))
+        elif name == "conv_general_dilated":
+            unit = _unit(eqn)
+            setattr(total, unit, getattr(total, unit) + times * _convolution(eqn))
         elif name == "cond":
             branches = [Flops() for _ in eqn.params["branches"]]
             for branch, found in zip(eqn.params["branches"], branches, strict=True):
@@ -81,6 +84,14 @@ def _product(eqn: Any) -> float:
     (contracted, _), _ = eqn.params["dimension_numbers"]
     left, out = eqn.invars[0].aval, eqn.outvars[0].aval
     return 2.0 * math.prod(out.shape) * math.prod(left.shape[axis] for axis in contracted)
+
+
+def _convolution(eqn: Any) -> float:
+    """As if no weight met a border. Numbers between which zeros are put, in the gradient of a stride, count for themselves."""
+    kernel, out = eqn.invars[1].aval, eqn.outvars[0].aval
+    _, inputs, *square = eqn.params["dimension_numbers"].rhs_spec
+    met = math.prod(kernel.shape[axis] for axis in (inputs, *square))
+    return 2.0 * math.prod(out.shape) * met / math.prod(eqn.params["lhs_dilation"])
 
 
 def _unit(eqn: Any) -> str:

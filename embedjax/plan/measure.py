@@ -43,7 +43,8 @@ def measure(config: Config, topology: Topology, limit: float | None) -> list[dic
 
 def _step(config: Config, topology: Topology, limit: float | None, parts: build.Parts, mesh, task: str, columns) -> dict:
     batch = build.placed(columns, mesh)
-    params, optimizer = parts.abstract.params, (parts.abstract.opt_state, parts.abstract.extra.get("ema"))
+    extra = parts.abstract.extra
+    params, optimizer = parts.abstract.params, (parts.abstract.opt_state, extra.get("ema"), extra.get("stats"))
     found: dict[str, Any] = {
         "step": build.shape_name(task, columns),
         "batch": config.data.batch_size,

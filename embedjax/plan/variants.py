@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from embedjax.config import Config, InBatch
+from embedjax.config import Config, ImageTower, InBatch, ModifiedResnet, Resnet, Tower
 
 MOST_ROWS = 2**24
 
@@ -37,12 +37,17 @@ def _remat(config: Config) -> tuple[str, Config] | None:
 
 def _cached(config: Config, devices: int) -> Iterator[tuple[str, Config]]:
     """GradCache in more chunks, each at least a row a device: four times more at a time."""
-    if config.optim.accumulate > 1:
+    if config.optim.accumulate > 1 or any(_by_batch(tower) for tower in config.model.towers.values()):
         return
     chunks = config.optim.cached * 4
     while config.data.batch_size % (devices * chunks) == 0 and chunks <= 4096:
         yield f"--optim.cached {chunks}", dataclasses.replace(config, optim=dataclasses.replace(config.optim, cached=chunks))
         chunks *= 4
+
+
+def _by_batch(tower: Tower | ImageTower) -> bool:
+    """Whether a tower may normalise by statistics of the batch, which GradCache refuses."""
+    return isinstance(tower.arch, ModifiedResnet | Resnet) and not getattr(tower, "freeze_statistics", False)
 
 
 def _losses(config: Config) -> Iterator[tuple[str, Config]]:

@@ -4,7 +4,9 @@ Each is a module with the same names: `Tower`, made as Tower(arch, compute=..., 
 table of names, and `sizes(arch)`, the axis letters it speaks of; `from_hf(config)` and `to_hf(arch)`, config.json ->
 architecture and back, which a static table has not. Those of texts have `longest(arch)`, the most tokens a text may have. Those
 of pictures have `pool(arch, encoder, tokens, compute=...)`, whose parameters are a part of the encoder's, and
-`resized(encoder, old, new)`, an encoder for pictures of another size; their `names(arch)` depends on the architecture's form.
+`resized(encoder, old, new)`, an encoder for pictures of another size; their `names(arch)` depends on the architecture's form. A
+tower with running statistics holds them beside its parameters, as "mean" and "var"; applied without, it normalises by the batch
+and returns the batch's.
 """
 
 import dataclasses
@@ -27,7 +29,20 @@ from embedjax.config.model import (
     SiglipText,
     Static,
 )
-from embedjax.models.families import bert, clip_text, distilbert, modernbert, mpnet, roberta, siglip_text, static, vit
+from embedjax.config.resnet import ModifiedResnet, Resnet
+from embedjax.models.families import (
+    bert,
+    clip_text,
+    distilbert,
+    modernbert,
+    modified_resnet,
+    mpnet,
+    resnet,
+    roberta,
+    siglip_text,
+    static,
+    vit,
+)
 from embedjax.models.names import Names
 
 FAMILIES: dict[str, ModuleType] = {
@@ -45,6 +60,7 @@ IMAGE_FAMILIES: dict[str, ModuleType] = {
     "vit": vit,
     "clip_vision_model": vit,
     "siglip_vision_model": vit,
+    "resnet": resnet,
 }
 
 _BY_ARCH: dict[type[Architecture | ImageArchitecture], ModuleType] = {
@@ -57,6 +73,8 @@ _BY_ARCH: dict[type[Architecture | ImageArchitecture], ModuleType] = {
     SiglipText: siglip_text,
     Static: static,
     Vit: vit,
+    ModifiedResnet: modified_resnet,
+    Resnet: resnet,
 }
 
 
