@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from embedjax import config
 from embedjax.config.errors import ConfigError
-from embedjax.config.model import Architecture, Dense, Dtype, PoolingName
+from embedjax.config.model import Architecture, ClipText, Dense, Dtype, PoolingName, SiglipText
 from embedjax.models.families import family_of
-from embedjax.models.heads import init_projections, normalize, pool, project
+from embedjax.models.heads import PLACES, init_projections, normalize, pool, project
 from embedjax.models.image import ImageEmbedder, build_image_embedder
 from embedjax.models.ops import by_rows
 from embedjax.models.output import Output, Want, spread
@@ -74,10 +74,14 @@ class Embedder:
         flat = {name: column[name].reshape(texts, ids.shape[-1]) for name in ("ids", "mask", "pool") if name in column}
         row_N = jnp.arange(texts) if row is None else spread(row, texts // ids.shape[0])
         tower: Any = self.tower  # Linen's apply is typed for every kind of module at once
-        tokens, each = tower.apply(
-            {"params": params["encoder"]}, flat["ids"], flat["mask"], row_B=row_N, key=key, want_layers="layers" in want
-        )
-        pooled = self._head(params, tokens, flat).reshape(*lead, self.width) if "pooled" in want else None
+        how: dict[str, Any] = {"row_B": row_N, "key": key, "want_layers": "layers" in want}
+        seen = flat
+        if want == ("pooled",) and self.pooling in PLACES and isinstance(self.arch, ClipText | SiglipText):
+            pool_BL = flat.get("pool", flat["mask"])  # the last layer need not make what is not pooled
+            how["only_B"] = PLACES[self.pooling](pool_BL)
+            seen = {"mask": pool_BL.any(1, keepdims=True)}
+        tokens, each = tower.apply({"params": params["encoder"]}, flat["ids"], flat["mask"], **how)
+        pooled = self._head(params, tokens, seen).reshape(*lead, self.width) if "pooled" in want else None
         unflatten = lambda x, axes: x.reshape(*axes, *lead, *x.shape[-2:])
         return Output(
             pooled=pooled,

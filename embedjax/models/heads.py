@@ -44,7 +44,7 @@ def _cls(tokens_BLD, mask_BL, pool_BL):
 
 
 def _lasttoken(tokens_BLD, mask_BL, pool_BL):
-    return _at(tokens_BLD, pool_BL.shape[1] - 1 - _first(pool_BL[:, ::-1]), pool_BL)
+    return _at(tokens_BLD, _last(pool_BL), pool_BL)
 
 
 def _at(tokens_BLD, place_B, pool_BL):
@@ -56,6 +56,13 @@ def _at(tokens_BLD, place_B, pool_BL):
 def _first(mask_BL: Bool[Array, "B L"]) -> Int[Array, "B"]:
     return jnp.argmax(mask_BL, axis=1)
 
+
+def _last(mask_BL: Bool[Array, "B L"]) -> Int[Array, "B"]:
+    return mask_BL.shape[1] - 1 - _first(mask_BL[:, ::-1])
+
+
+PLACES: dict[str, Callable[[Array], Array]] = {"cls": _first, "lasttoken": _last}
+"""Where the token lies that alone is pooled, by the pooling that has one."""
 
 POOLINGS: dict[str, Callable[..., Array]] = {
     "mean": _mean,

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, UInt32
 
 from embedjax.config.errors import ConfigError
-from embedjax.config.image import Augment, ImageArchitecture, ImageTower, Pixels
+from embedjax.config.image import Augment, ImageArchitecture, ImageTower, Pixels, Vit
 from embedjax.config.model import Dense, Dtype
 from embedjax.models.augment import jitter, jitters
 from embedjax.models.families import family_of
@@ -78,7 +78,8 @@ class ImageEmbedder:
         tower: Any = self.tower  # Linen's apply is typed for every kind of module at once
         encoder = params["encoder"]
         how = {"row_B": row_N, "key": key, "want_layers": "layers" in want}
-        tokens, each, *seen = tower.apply({"params": encoder}, x_NHWC, **how)
+        alone = {"pooled_alone": want == ("pooled",)} if isinstance(self.arch, Vit) else {}
+        tokens, each, *seen = tower.apply({"params": encoder}, x_NHWC, **how, **alone)
         unflatten = lambda x, axes: x.reshape(*axes, *lead, *x.shape[-2:])
         return Output(
             pooled=self._head(params, tokens).reshape(*lead, self.width) if "pooled" in want else None,

@@ -55,6 +55,13 @@ class View(NamedTuple):
     memory: Float[Array, "B D"] | None = None
     """Decoders: the vector of each text that it is told of."""
 
+    def at(self, place_B: Int[Array, "B"]) -> "View":
+        """What the token at one place of each row sees. Without rotary positions."""
+        assert self.rope is None
+        pick = lambda x, index, axis: jnp.take_along_axis(jnp.broadcast_to(x, (len(place_B), *x.shape[1:])), index, axis)
+        bias = self.bias if self.bias.shape[2] == 1 else pick(self.bias, place_B[:, None, None, None], 2)
+        return self._replace(bias=bias, seed=None if self.seed is None else pick(self.seed, place_B[:, None], 1))
+
 
 class Dense(nn.Module):
     """x W + b over the last axis."""
@@ -137,15 +144,23 @@ class PostNormBlock(nn.Module):
 
 
 class PreNormBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): the layer of ViT and CLIP (Dosovitskiy et al. 2020, equations 2 and 3)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): the layer of ViT and CLIP (Dosovitskiy et al. 2020, equations 2 and 3).
+
+    With `only` the vector of the token at that place of each row alone: the same numbers for a sixth of the products.
+    """
 
     spec: Spec
 
     @nn.compact
-    def __call__(self, x_BLD: Float[Array, "B L D"], view: View) -> Float[Array, "B L D"]:
+    def __call__(
+        self, x_BLD: Float[Array, "B L D"], view: View, only_B: Int[Array, "B"] | None = None
+    ) -> Float[Array, "B M D"]:
         s, D = self.spec, x_BLD.shape[-1]
         dense = lambda features, name: Dense(features, s.compute, s.use_bias, s.init_std, name=name)
-        y_BLD = Attention(s, name="attn")(LayerNorm(s.norm_eps, name="attn_norm")(x_BLD), view)
+        seen_BLD = y_BLD = LayerNorm(s.norm_eps, name="attn_norm")(x_BLD)
+        if only_B is not None:
+            x_BLD, y_BLD, view = token_at(x_BLD, only_B), token_at(y_BLD, only_B), view.at(only_B)
+        y_BLD = Attention(s, name="attn")(y_BLD, view, seen_BLD)
         x_BLD = x_BLD + dropout(y_BLD, s.dropout, view.seed, 1)
         h_BLF = ACTIVATIONS[s.activation](dense(s.mlp, "up")(LayerNorm(s.norm_eps, name="mlp_norm")(x_BLD)))
         return x_BLD + dropout(dense(D, "down")(h_BLF), s.dropout, view.seed, 2)
@@ -173,6 +188,12 @@ class PreNormGatedBlock(nn.Module):
         return x_BLD + dense(D, "down")(h_BLF)
 
 
+def token_at(x_BLD: Float[Array, "B L D"], place_B: Int[Array, "B"]) -> Float[Array, "B 1 D"]:
+    """One token of each row. By a sum over all, whose gradient is no scatter."""
+    here_BL = jnp.arange(x_BLD.shape[1])[None] == place_B[:, None]
+    return jnp.where(here_BL[..., None], x_BLD, jnp.zeros((), x_BLD.dtype)).sum(1, keepdims=True)
+
+
 def padding_bias(mask_BL: Bool[Array, "B L"]) -> Float[Array, "B 1 1 L"]:
     """Attention bias that hides padding."""
     return jnp.where(mask_BL, 0.0, MASKED).astype(jnp.float32)[:, None, None, :]
@@ -191,9 +212,11 @@ def stack(
     per_layer: PyTree,
     view: Callable[[PyTree], View],
     want_layers: bool = False,
-) -> tuple[Float[Array, "B L D"], Float[Array, "S+1 B L D"] | None]:
+    only_B: Int[Array, "B"] | None = None,
+) -> tuple[Float[Array, "B M D"], Float[Array, "S+1 B L D"] | None]:
     """Run S copies of a block, their parameters stacked on axis 0 under `blocks` of the tower; float32 results, of each layer
-    behind what the first one sees.
+    behind what the first one sees. With `only` the last layer gives the token at that place of each row alone, if the block
+    can.
 
     `block` is a template, made with parent=None. `per_layer` is a tree of arrays [S ...]; `view` turns one layer's slice of it
     into what the block sees. The tower's fields say how: `remat` recomputes layers in the backward pass; `layers` scans
@@ -206,35 +229,44 @@ def stack(
         first = view(jax.tree.map(lambda a: a[0], per_layer))
         return jax.vmap(lambda r: block.init(r, x_BLD, first)["params"])(jax.random.split(rng, depth))
 
-    def layer(x: Array, slices: PyTree) -> Any:
+    def layer(x: Array, slices: PyTree, *only: Array) -> Any:
         params, inputs = slices
-        y: Any = block.apply({"params": params}, x, view(inputs))
+        y: Any = block.apply({"params": params}, x, view(inputs), *only)
         return by_rows(y)
 
     layer = jax.checkpoint(layer) if tower.remat else layer
     loop = _unrolled if tower.layers == "unroll" or (tower.layers == "auto" and on_cpu()) else _scanned
     x_BLD, stacked = by_rows(x_BLD), (tower.param("blocks", init), per_layer)
     each: list[Any] = [x_BLD[None]]
+    only = () if only_B is None else (only_B,)
     if tower.still:
         # A scan has one backward pass for all its layers: those without are a scan of their own, cut off before and after.
         below = jax.tree.map(lambda a: a[: tower.still], stacked)
         stacked = jax.tree.map(lambda a: a[tower.still :], stacked)
-        x_BLD, outputs = jax.lax.stop_gradient(loop(layer, *jax.lax.stop_gradient((x_BLD, below)), want_layers))
+        x_BLD, outputs = jax.lax.stop_gradient(
+            loop(layer, *jax.lax.stop_gradient((x_BLD, below)), want_layers, only if tower.still == depth else ())
+        )
         each.append(outputs)
     if tower.still < depth:
-        x_BLD, outputs = loop(layer, x_BLD, stacked, want_layers)
+        x_BLD, outputs = loop(layer, x_BLD, stacked, want_layers, only)
         each.append(outputs)
     return x_BLD.astype(jnp.float32), jnp.concatenate(each).astype(jnp.float32) if want_layers else None
 
 
-def _scanned(layer: Callable, x_BLD: Array, stacked: PyTree, want_layers: bool) -> tuple[Array, Array | None]:
-    return jax.lax.scan(lambda x, slices: (y := layer(x, slices), y if want_layers else None), x_BLD, stacked)
+def _scanned(layer: Callable, x_BLD: Array, stacked: PyTree, want_layers: bool, only: tuple) -> tuple[Array, Array | None]:
+    """`only` is what the last layer is given besides."""
+    if only:
+        leaves, structure = jax.tree.flatten(stacked)
+        parts = [jax.lax.split(leaf, (leaf.shape[0] - 1, 1)) for leaf in leaves]
+        stacked, last = (structure.unflatten(part) for part in zip(*parts, strict=True))
+    x_BLD, outputs = jax.lax.scan(lambda x, slices: (y := layer(x, slices), y if want_layers else None), x_BLD, stacked)
+    return (layer(x_BLD, jax.tree.map(lambda a: a.squeeze(0), last), *only), None) if only else (x_BLD, outputs)
 
 
-def _unrolled(layer: Callable, x_BLD: Array, stacked: PyTree, want_layers: bool) -> tuple[Array, Array | None]:
-    outputs = []
-    for slices in unstack(stacked):
-        x_BLD = layer(x_BLD, slices)
+def _unrolled(layer: Callable, x_BLD: Array, stacked: PyTree, want_layers: bool, only: tuple) -> tuple[Array, Array | None]:
+    outputs, parts = [], unstack(stacked)
+    for n, slices in enumerate(parts, 1):
+        x_BLD = layer(x_BLD, slices, *(only if n == len(parts) else ()))
         outputs.append(x_BLD)
     return x_BLD, jnp.stack(outputs) if want_layers else None
 

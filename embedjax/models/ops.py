@@ -42,10 +42,34 @@ def _gelu_bwd(residuals, g):
 
 gelu.defvjp(_gelu_fwd, _gelu_bwd)
 
+
+@jax.custom_vjp
+def quick_gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """x sigmoid(1.702 x) (Hendrycks & Gimpel 2016, section 2), as OpenAI's CLIP has it.
+
+    Its gradient is made of x and of the value, which the next product keeps anyway; autodiff keeps the sigmoid beside them.
+    """
+    y = x.astype(jnp.float32)
+    return (y * jax.nn.sigmoid(1.702 * y)).astype(x.dtype)
+
+
+def _quick_gelu_fwd(x):
+    y = quick_gelu(x)
+    return y, (x, y)
+
+
+def _quick_gelu_bwd(residuals, g):
+    x, y = (r.astype(jnp.float32) for r in residuals)
+    share = jnp.where(x == 0, 0.5, y / x)
+    return ((g * (share + 1.702 * y * (1 - share))).astype(g.dtype),)
+
+
+quick_gelu.defvjp(_quick_gelu_fwd, _quick_gelu_bwd)
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # Hendrycks & Gimpel 2016, section 2; OpenAI's CLIP has it
+    "quick_gelu": quick_gelu,
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
@@ -211,9 +235,9 @@ def dropout(x: Float[Array, "*n D"], rate: float, seed: UInt32[Array, "*n"] | No
 
 def _drop_scores(p_BHLL, rate, seed_BL):
     """As dropout, site 0; a query token's features are (head, key position), numbered without regard to the padded length."""
-    _, H, L, _ = p_BHLL.shape
+    _, H, _, M = p_BHLL.shape
     head = jnp.arange(H, dtype=jnp.uint32)[None, :, None, None] * jnp.uint32(1 << 16)
-    feature = head + jnp.arange(L, dtype=jnp.uint32)[None, None, None, :]
+    feature = head + jnp.arange(M, dtype=jnp.uint32)[None, None, None, :]
     return cast(Array, _keep(p_BHLL, seed_BL[:, None, :, None], feature, rate))
 
 

@@ -113,6 +113,14 @@ def test_activation_gradient_is_the_slope(name):
     assert f(jnp.float32(50.0)[None]) == 50
 
 
+def test_quick_gelu_has_the_value_and_gradient_of_its_formula():
+    x = jnp.concatenate([jnp.linspace(-9, 9, 37), jnp.array([-80.0, -1e-30, 1e-30, 80.0])])  # 0 among them
+    g = jnp.cos(jnp.arange(x.size, dtype=jnp.float32))
+    ours, reference = (jax.vjp(f, x) for f in (ops.quick_gelu, lambda t: t * jax.nn.sigmoid(1.702 * t)))
+    close(ours[0], reference[0], 1e-6)
+    close(ours[1](g), reference[1](g), 1e-6)
+
+
 # ---- dropout
 
 

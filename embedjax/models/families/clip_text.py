@@ -17,7 +17,8 @@ from embedjax.models.ops import dropout, layer_seeds, token_seeds
 
 
 class Tower(nn.Module):
-    """Token ids -> token vectors, float32. CLIP's tokens see those before them, SigLIP's all."""
+    """Token ids -> token vectors, float32; with `only` the vector of the token at that place of each text alone. CLIP's tokens
+    see those before them, SigLIP's all."""
 
     arch: ClipText | SiglipText
     compute: str = "float32"
@@ -34,7 +35,8 @@ class Tower(nn.Module):
         row_B: Int[Array, "B"] | None = None,
         key: UInt32[Array, ""] | None = None,
         want_layers: bool = False,
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "S+1 B L D"] | None]:
+        only_B: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B M D"], Float[Array, "S+1 B L D"] | None]:
         c, (B, L) = self.arch, ids_BL.shape
         if longest(c) < L:
             raise ConfigError(f"texts of {L} tokens do not fit the {longest(c)} positions of the tower; lower max_length")
@@ -53,6 +55,7 @@ class Tower(nn.Module):
             # The sum is left to each layer, where it fuses with the softmax: stored, it would take B L L floats.
             view=lambda layer: View(padding + causal, layer_seeds(seed_BL, layer)),
             want_layers=want_layers,
+            only_B=only_B,
         )
         return LayerNorm(c.norm_eps, name="final_norm")(x_BLD), each
 

@@ -28,7 +28,8 @@ KEYS_A = -0.75  # of the cubic through four neighbours (Keys 1981, equation 4): 
 class Tower(nn.Module):
     """Pictures -> vectors of class token, registers and patches, as far as there are such, in this order; float32.
 
-    With a key, patches are left out by `arch.patch_dropout`: as many of each picture, which ones by key and row alone.
+    With `pooled_alone` that of the class token alone, where `pool` takes no other. With a key, patches are left out by
+    `arch.patch_dropout`: as many of each picture, which ones by key and row alone.
     """
 
     arch: Vit
@@ -45,7 +46,8 @@ class Tower(nn.Module):
         row_B: Int[Array, "B"] | None = None,
         key: UInt32[Array, ""] | None = None,
         want_layers: bool = False,
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "S+1 B L D"] | None]:
+        pooled_alone: bool = False,
+    ) -> tuple[Float[Array, "B M D"], Float[Array, "S+1 B L D"] | None]:
         c, (B, *picture) = self.arch, pixels_BHWC.shape
         if picture != [c.image, c.image, 3]:
             raise ConfigError(f"pictures of {picture} numbers do not fit the tower, which takes {c.image} x {c.image} x 3")
@@ -62,6 +64,7 @@ class Tower(nn.Module):
             per_layer=jnp.arange(c.depth),
             view=lambda layer: View(no_bias(), layer_seeds(seed_BL, layer)),
             want_layers=want_layers,
+            only_B=jnp.zeros(B, jnp.int32) if pooled_alone and c.pool == "cls" else None,
         )
         x_BLD = LayerNorm(c.norm_eps, name="final_norm")(x_BLD)
         if c.pool == "map":  # of the encoder's tree, though `pool` is what applies it
