@@ -144,6 +144,34 @@ def conala() -> list[tuple[str, str]]:
     return [(row["rewritten_intent"] or row["intent"], row["snippet"]) for row in rows]
 
 
+def emoji() -> dict[str, tuple[str, ...]]:
+    """The keywords of each emoji by its name, such as "grinning face"; some have none."""
+    names = [row["name"] for row in json.loads(_text(folder("emoji") / "emojis.json.gz"))]
+    keywords = json.loads(_text(folder("emoji") / "search_aliases.json.gz"))
+    return {name.replace("_", " "): tuple(word.replace("_", " ") for word in keywords.get(name, ())) for name in names}
+
+
+def draw_emoji(path: pathlib.Path, style: str, names: Iterable[str]) -> dict[str, str]:
+    """The drawings of emoji in a style, "noto" or "twemoji", on white, as files STYLE/NAME.png in a folder; by name."""
+    from PIL import Image
+
+    (path / style).mkdir()
+    files = {name: f"{style}/{name.replace(' ', '_')}.png" for name in names}
+    with zipfile.ZipFile(folder("emoji") / f"{style}_72px.zip") as archive:
+        for file in files.values():
+            drawn = Image.open(io.BytesIO(archive.read(file))).convert("RGBA")
+            Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).convert("RGB").save(path / file)
+    return files
+
+
+def cifar(path: pathlib.Path) -> list[tuple[str, str]]:
+    """Photos of 32 x 32, 1,000 of each of ten classes, unpacked into a folder: the file's path there, and its class."""
+    with zipfile.ZipFile(folder("cifar10_train10k") / "cifar10_train10k.zip") as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
+        archive.extractall(path, names)
+    return [(name, name.split("/")[-2]) for name in names]
+
+
 def wikipedia(words: int = 20) -> Iterator[str]:
     """Articles of at least so many words."""
     with tarfile.open(folder("enwiki_slice") / "enwiki_AA.tar.xz") as archive:

@@ -1,66 +1,80 @@
 """What GradCache costs and saves: the cached step against the plain one, the same batch, on this machine.
 
-    python tests/benchmarks/gradcache.py [--towers minilm,bert-base] [--pairs 32] [--length 64] [--chunks 4] [--rounds 5]
+    python tests/benchmarks/gradcache.py [--towers minilm,clip-b16] [--pairs 32] [--length 64] [--chunks 4] [--rounds 5]
 
-Both are the trainer's own jitted steps with random weights, dropout 0.1 and AdamW, in one process; their turns alternate and
-the ratio is the median over turns (4/3 would be one forward pass more and nothing else). Memory is the compiler's: what the
-program needs besides its arguments and results. On a GPU or TPU add `--compute bfloat16`.
+Both are the trainer's own jitted steps with random weights, without remat, dropout 0.1 for texts, and AdamW, in one process;
+their turns alternate and the ratio is the median over turns (4/3 would be one forward pass more and nothing else). The texts of
+`clip-b16`, a ViT-B/16 with CLIP's text tower, have 77 tokens. Memory is the compiler's: what the program needs besides its
+arguments and results. On a GPU or TPU add `--compute bfloat16`.
 """
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
+from typing import Any
 
-import jax
 import numpy as np
+import turns
+from steps import Step
 
-from embedjax import config, objective, optim, sharding, step
-from embedjax.models.embedder import Embedder
+from embedjax import config as c
 
-TOWERS = {
-    "minilm": config.Bert(width=384, depth=6, heads=12, mlp=1536),
-    "bert-base": config.Bert(width=768, depth=12, heads=12, mlp=3072),
+PROJECTION = (c.Dense(512, bias=False, activation="identity"),)
+
+
+def texts(arch: c.Bert, compute: c.model.Dtype) -> c.Model:
+    return c.Model({"text": c.Tower(arch, max_length=arch.positions, compute=compute)})
+
+
+def clip(image: str, compute: c.model.Dtype) -> c.Model:
+    """OpenAI's CLIP of one of its image towers."""
+    towers = {
+        "image": c.ImageTower(c.VITS[f"clip-{image}"], dense=PROJECTION, compute=compute),
+        "text": c.Tower(c.ClipText(), pooling="lasttoken", max_length=77, dense=PROJECTION, compute=compute),
+    }
+    return c.Model(towers, {"anchor": "text", "positive": "image"})
+
+
+MODELS: dict[str, Callable[[Any], c.Model]] = {
+    "minilm": lambda compute: texts(c.Bert(width=384, depth=6, heads=12, mlp=1536), compute),
+    "bert-base": lambda compute: texts(c.Bert(width=768, depth=12, heads=12, mlp=3072), compute),
+    "clip-b16": lambda compute: clip("B/16", compute),
 }
+LOSSES = {
+    1: c.MultipleNegatives(mask_duplicates=False),
+    2: c.MultipleNegatives(
+        directions=("q2d", "d2q"), partition="per_direction", scale=1 / 0.07, learn_scale=True, mask_duplicates=False
+    ),
+}
+"""By the number of towers."""
 
 
-def make_columns(pairs: int, length: int) -> dict:
+def make_columns(model: c.Model, pairs: int, length: int) -> dict:
+    """A batch of random texts, all of a length, and where the model has a tower of pictures random ones."""
     rng = np.random.default_rng(0)
-    ids = rng.integers(1000, 30000, (2, pairs, length)).astype(np.int32)
-    text = lambda n: {"ids": ids[n], "mask": np.ones((pairs, length), bool)}
-    return {"anchor": text(0), "positive": text(1), "row": np.arange(pairs, dtype=np.int32)}
+    image = model.towers.get("image")
+    size = 77 if image else length
+    text = lambda: {
+        "ids": rng.integers(1000, 30000, (pairs, size)).astype(np.int32),
+        "mask": np.ones((pairs, size), bool),
+    }
+    pixels = lambda side: {"pixels": rng.integers(0, 256, (pairs, side, side, 3)).astype(np.uint8)}
+    positive = pixels(image.arch.image) if image else text()
+    return {"anchor": text(), "positive": positive, "row": np.arange(pairs, dtype=np.int32)}
 
 
-def prepared(arch: config.Bert, compute: config.model.Dtype, chunks: int, columns: dict) -> tuple[Callable[[], float], float]:
-    """A step that gives its seconds, compiled and run once, and the GB the program needs."""
-    embedders = {"text": Embedder(arch, compute=compute)}
-    model = config.Model({"text": config.Tower(arch=arch)})
-    task = config.Set(columns={"anchor": "a", "positive": "b"}, loss=config.MultipleNegatives(mask_duplicates=False))
-    mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
-    made = objective.make(task, model, embedders, mesh)
-    gradient = step.plain(made) if chunks == 1 else step.cached(made, chunks, mesh)
-    init = lambda: {"towers": {"text": embedders["text"].init(jax.random.key(0))}}
-    tx, schedule = optim.make(config.Optim(), 1000, jax.eval_shape(init))
-    start = lambda: step.init_state(init(), tx)
-    shardings = sharding.shardings(jax.eval_shape(start), mesh)
-    state, batch = jax.jit(start, out_shardings=shardings)(), sharding.place(columns, mesh)
-    compiled = step.jitted(step.make(gradient, tx, schedule, seed=0), shardings).lower(state, {}, batch).compile()
-
-    def run() -> float:
-        nonlocal state
-        begun = time.perf_counter()
-        state, metrics = compiled(state, {}, batch)
-        jax.block_until_ready((state, metrics))
-        return time.perf_counter() - begun
-
-    run()
-    memory = compiled.memory_analysis()
-    return run, (0 if memory is None else memory.temp_size_in_bytes) / 2**30
+def prepared(model: c.Model, chunks: int, columns: dict) -> Step:
+    """The step, compiled and run once."""
+    task = c.Set(columns={"anchor": "a", "positive": "b"}, loss=LOSSES[len(model.towers)])
+    data = c.Data(batch_size=len(columns["row"]), sets=(task,))
+    step = Step(c.Config(model=model, data=data, optim=c.Optim(cached=chunks), export=c.Export("none")), columns)
+    step()
+    return step
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--towers", default=",".join(TOWERS), help=f"of {', '.join(TOWERS)}")
+    parser.add_argument("--towers", default=",".join(MODELS), help=f"of {', '.join(MODELS)}")
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--length", type=int, default=64, help="tokens a text")
     parser.add_argument("--chunks", type=int, default=4)
@@ -68,20 +82,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     print(
-        "| tower     | plain, s | cached, s | ratio (range)    | plain, GB | cached, GB |\n|---|---|---|---|---|---|",
+        "| model     | plain, s | cached, s | ratio (range)    | plain, GB | cached, GB |\n|---|---|---|---|---|---|",
         flush=True,
     )
-    columns = make_columns(arguments.pairs, arguments.length)
     for name in arguments.towers.split(","):
-        (plain, plain_gb), (cached, cached_gb) = (
-            prepared(TOWERS[name], arguments.compute, chunks, columns) for chunks in (1, arguments.chunks)
-        )
-        turns = [(plain(), cached()) for _ in range(arguments.rounds)]
-        ratios = sorted(c / p for p, c in turns)
-        seconds = [statistics.median(side) for side in zip(*turns, strict=True)]
-        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+        model = MODELS[name](arguments.compute)
+        columns = make_columns(model, arguments.pairs, arguments.length)
+        plain, cached = (prepared(model, chunks, columns) for chunks in (1, arguments.chunks))
+        rounds = [(plain(), cached()) for _ in range(arguments.rounds)]
+        seconds = [statistics.median(side) for side in zip(*rounds, strict=True)]
+        ratio = turns.spread([slow / fast for fast, slow in rounds])
         print(
-            f"| {name:9} | {seconds[0]:8.2f} | {seconds[1]:9.2f} | {spread:16} | {plain_gb:9.2f} | {cached_gb:10.2f} |",
+            f"| {name:9} | {seconds[0]:8.2f} | {seconds[1]:9.2f} | {ratio:16} | {plain.extra_memory:9.2f} | "
+            f"{cached.extra_memory:10.2f} |",
             flush=True,
         )
 

@@ -61,7 +61,7 @@ def theirs(criterion: str, size: int, width: int) -> Callable[[], float]:
     import torch
     from torch.nn.functional import cross_entropy, normalize
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     vectors = [torch.from_numpy(x).requires_grad_() for x in inputs(size, width)]
     labels = torch.arange(size)
 

@@ -10,16 +10,14 @@ is the median over turns. `--preload` is the allocator of both processes.
 
 import argparse
 import os
-import resource
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import turns
 from corpora import minilm
+
+from embedjax import config as c
 
 PAIRS, STEPS_PER_TURN, RATE, SCALE = 64, 2, 2e-5, 20.0
 
@@ -47,33 +45,25 @@ def embedjax_step(case: Case) -> Callable[[], float]:
     """The trainer's own jitted step, that returns its loss."""
     import dataclasses
 
-    import jax
+    from steps import Step
 
-    from embedjax import config, objective, optim, sharding, step
-    from embedjax.models.embedder import build_embedder
     from embedjax.models.folders import read_params, read_tower
 
     tower = dataclasses.replace(read_tower(minilm()), compute=case.compute)
-    model, embedders = config.Model({"text": tower}), {"text": build_embedder(tower)}
-    loss = config.MultipleNegatives(scale=SCALE, mask_duplicates=False)
-    task = config.Set(columns={"anchor": "a", "positive": "b"}, loss=loss)
-    params = jax.tree.map(jax.numpy.asarray, {"towers": {"text": read_params(minilm(), tower)}})
-    tx, schedule = optim.make(config.Optim(learning_rate=RATE, clip_norm=0.0), 1000, params)
-    state = step.init_state(params, tx)
-    mesh = sharding.make_mesh(config.Mesh())
-    shardings = sharding.shardings(jax.eval_shape(lambda: state), mesh)
-    made = step.make(step.plain(objective.make(task, model, embedders, mesh)), tx, schedule, seed=0)
-    jitted = step.jitted(made, shardings)
+    task = c.Set(columns={"anchor": "a", "positive": "b"}, loss=c.MultipleNegatives(scale=SCALE, mask_duplicates=False))
+    config = c.Config(
+        model=c.Model({"text": tower}),
+        data=c.Data(batch_size=PAIRS, sets=(task,)),
+        optim=c.Optim(learning_rate=RATE, clip_norm=0.0),
+    )
     ids, mask = token_ids(case.length), np.ones((PAIRS, case.length), bool)
     text = lambda n: {"ids": ids[:, n], "mask": mask}
     columns = {"anchor": text(0), "positive": text(1), "row": np.arange(PAIRS, dtype=np.int32)}
-    columns = sharding.place(columns, mesh)
-    state = jax.device_put(state, shardings)
+    step = Step(config, columns, {"text": read_params(minilm(), tower)})
 
     def run() -> float:
-        nonlocal state
-        state, metrics = jitted(state, {}, columns)
-        return float(metrics["loss"])
+        step()
+        return step.loss
 
     return run
 
@@ -86,7 +76,7 @@ def torch_step(case: Case) -> Callable[[], float]:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import losses
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = SentenceTransformer(str(minilm()), device="cpu", model_kwargs={"attn_implementation": "sdpa"})
     loss = losses.MultipleNegativesRankingLoss(model, scale=SCALE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
@@ -106,50 +96,7 @@ def torch_step(case: Case) -> Callable[[], float]:
     return run
 
 
-def serve(side: str, case: Case) -> None:
-    """A worker: for every line it reads it takes a turn and writes seconds a step, peak memory in GB and the loss."""
-    run = {"embedjax": embedjax_step, "torch": torch_step}[side](case)
-    run()
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        for _ in range(STEPS_PER_TURN):
-            value = run()
-        seconds = (time.perf_counter() - start) / STEPS_PER_TURN
-        print("turn", seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, value, flush=True)
-
-
-class Worker:
-    """The process of one side."""
-
-    def __init__(self, side: str, name: str, preload: str):
-        command = [sys.executable, __file__, "--serve", side, "--cases", name]
-        environment = os.environ | ({"LD_PRELOAD": preload} if preload else {})
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-
-    def turn(self) -> tuple[float, float, float]:
-        print(file=self.process.stdin, flush=True)
-        for line in self.process.stdout:
-            if line.startswith("turn "):
-                return tuple(map(float, line.split()[1:]))
-        raise SystemExit(f"a worker ended with code {self.process.wait()}")
-
-
-def compare(name: str, rounds: int, preload: str) -> str:
-    """One row of the table."""
-    sides = {side: Worker(side, name, preload) for side in ("embedjax", "torch")}
-    for worker in sides.values():
-        worker.turn()
-    turns = [{side: worker.turn() for side, worker in sides.items()} for _ in range(rounds)]
-    for worker in sides.values():
-        worker.process.stdin.close()
-        worker.process.wait()
-    ratios = sorted(turn["torch"][0] / turn["embedjax"][0] for turn in turns)
-    rate = lambda side: PAIRS / statistics.median(turn[side][0] for turn in turns)
-    memory = lambda side: max(turn[side][1] for turn in turns)
-    return (
-        f"| {name:8} | {rate('embedjax'):10.1f} | {rate('torch'):10.1f} | {statistics.median(ratios):5.2f} "
-        f"({ratios[0]:.2f}-{ratios[-1]:.2f}) | {memory('embedjax'):8.2f} | {memory('torch'):8.2f} |"
-    )
+SIDES = {"embedjax": embedjax_step, "torch": torch_step}
 
 
 def main() -> None:
@@ -157,14 +104,15 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES), help=f"of {', '.join(CASES)}")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
     parser.add_argument("--preload", default="libtcmalloc_minimal.so.4", help="allocator; empty for the system's own")
-    parser.add_argument("--serve", choices=("embedjax", "torch"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(arguments.serve, CASES[arguments.cases])
+        turns.serve(SIDES[arguments.serve](CASES[arguments.cases]), STEPS_PER_TURN)
         return
-    print("| case     | ours, pairs/s | torch, pairs/s | ratio (range) | ours, GB | torch, GB |\n|---|---|---|---|---|---|")
+    print(turns.HEADER)
     for name in arguments.cases.split(","):
-        print(compare(name, arguments.rounds, arguments.preload), flush=True)
+        sides = {side: turns.Side(["--serve", side, "--cases", name], arguments.preload) for side in SIDES}
+        print(turns.row(name, turns.alternate(sides, arguments.rounds), PAIRS), flush=True)
 
 
 if __name__ == "__main__":
