@@ -4,7 +4,17 @@ import collections
 import statistics
 import time
 
-from embedjax.config import Architecture, ImageArchitecture, ModernBert, ModifiedResnet, Resnet, Static, Vit
+from embedjax.config import (
+    Architecture,
+    ClipText,
+    ImageArchitecture,
+    ModernBert,
+    ModifiedResnet,
+    Resnet,
+    SiglipText,
+    Static,
+    Vit,
+)
 
 # Dense bfloat16 FLOP/s of a chip, by the start of its `device_kind`; makers' data sheets.
 PEAK_FLOPS = {
@@ -37,7 +47,10 @@ def train_flops(arch: Architecture | ImageArchitecture, rows: int, length: int) 
     inner = 3 * d * f if isinstance(arch, ModernBert) else 2 * d * f
     per_token = 2 * (4 * d * d + inner) + 4 * length * d
     patches = 2 * 3 * arch.patch**2 * d if isinstance(arch, Vit) else 0
-    return 3.0 * rows * length * (arch.depth * per_token + patches)
+    # Where one token is pooled the last layer makes that one; of the others it takes keys and values.
+    alone = isinstance(arch, ClipText | SiglipText) or (isinstance(arch, Vit) and arch.pool == "cls")
+    layers = arch.depth * per_token - alone * (per_token - 2 * 2 * d * d)
+    return 3.0 * rows * length * (layers + patches)
 
 
 class Pace:

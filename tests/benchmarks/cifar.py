@@ -1,10 +1,10 @@
 """CLIP on ten classes of photos, some minutes of training from random weights: zero-shot accuracy on held-out photos.
 
-    python tests/benchmarks/cifar.py [--steps 1000] [--no-restart]
+    python tests/benchmarks/cifar.py [--steps 600] [--no-restart]
 
 A small ViT and a small text tower learn 9,000 photos of 32 x 32 and captions made of their classes' names, with and without
 Matryoshka; rows of equal captions are no negatives of each other. 1,000 other photos are each given the class whose caption is
-nearest, by vectors of five sizes. The first run is made again, stopped half way and started anew. Needs $EMBEDJAX_DATA.
+nearest, by vectors of five sizes. The first steps are taken again with a stop half way. Needs $EMBEDJAX_DATA.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def prepare(work: pathlib.Path) -> tuple[c.File, c.File]:
 def experiment(train: c.File, test: c.File, dims: tuple[int, ...], steps: int) -> c.Config:
     head = (c.Dense(DIMS[0], bias=False, activation="identity"),)
     image = c.ImageTower(
-        c.Vit(image=32, patch=4, width=128, depth=6, heads=4, mlp=512, pool="mean"),
+        c.Vit(image=32, patch=4, width=128, depth=4, heads=4, mlp=512, pool="mean", patch_dropout=0.5),
         augment=c.Augment(area=(0.5, 1.0), flip=0.5),
         dense=head,
     )
@@ -60,8 +60,10 @@ def experiment(train: c.File, test: c.File, dims: tuple[int, ...], steps: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--restart", action=argparse.BooleanOptionalAction, default=True, help="make the first run again")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument(
+        "--restart", action=argparse.BooleanOptionalAction, default=True, help="take the first steps again, with a stop"
+    )
     arguments = parser.parse_args()
     from again import check
 
@@ -78,7 +80,7 @@ def main() -> None:
             if not dims:
                 scores = {"untrained": evaluations(work / which)[0], **scores}
             if arguments.restart and not told:
-                told = check(config, work / which, work / "again")
+                told = check(config, work)
     print(f"\nzero-shot accuracy on {HELD_OUT} held-out photos of ten classes, by numbers of a vector; chance 0.100\n")
     print("| loss |" + "".join(f" {d} |" for d in DIMS) + "\n" + "|---" * (1 + len(DIMS)) + "|")
     for which, found in scores.items():

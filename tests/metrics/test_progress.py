@@ -2,6 +2,7 @@
 
 import io
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -9,6 +10,9 @@ from embedjax import config
 from embedjax.config.errors import NonFiniteError
 from embedjax.metrics.pace import Pace, peak_flops, train_flops
 from embedjax.metrics.progress import Progress, Status, duration
+from embedjax.models.embedder import Embedder
+from embedjax.models.image import ImageEmbedder
+from embedjax.plan.flops import flops
 
 
 def test_rates_count_pairs_and_waiting():
@@ -37,6 +41,29 @@ def test_flops_of_bert_base_are_six_per_parameter_and_token():
     blocks = arch.depth * (4 * arch.width**2 + 2 * arch.width * arch.mlp)
     assert train_flops(arch, 1, 1) == pytest.approx(6 * blocks, rel=0.01)
     assert train_flops(arch, 2, 128) > 2 * 128 * 6 * blocks
+
+
+SIZES = {"width": 64, "depth": 4, "heads": 2, "mlp": 256}
+
+
+@pytest.mark.parametrize(
+    "embedder",
+    [
+        ImageEmbedder(config.Vit(image=32, patch=8, **SIZES)),
+        ImageEmbedder(config.Vit(image=32, patch=8, pool="mean", **SIZES)),
+        Embedder(config.ClipText(vocab_size=50, positions=16, **SIZES), "lasttoken"),
+        Embedder(config.Bert(vocab_size=50, positions=16, **SIZES)),
+    ],
+    ids=lambda embedder: type(embedder.arch).__name__,
+)
+def test_flops_are_those_of_the_traced_products(embedder):
+    """But for the gradient of the pixels, which nobody asks for, and the attention of one token in the last layer."""
+    column, length = {"ids": jnp.ones((3, 16), jnp.int32), "mask": jnp.ones((3, 16), bool)}, 16
+    if isinstance(embedder, ImageEmbedder):
+        column, length = {"pixels": jnp.zeros((3, 32, 32, 3), jnp.uint8)}, embedder.arch.tokens
+    gradient = jax.grad(lambda params: embedder.apply(params, column).pooled.sum())
+    traced = flops(jax.make_jaxpr(gradient)(jax.eval_shape(embedder.init, jax.random.key(0))))
+    assert train_flops(embedder.arch, 3, length) == pytest.approx(traced.total, rel=0.06)
 
 
 def test_known_chips_have_a_peak_and_a_cpu_has_none():
