@@ -23,6 +23,7 @@ Two criteria, each a mean over the B rows, s the scores `scale * cosine`:
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -58,10 +59,10 @@ class Guide(NamedTuple):
 
 class Pairs(NamedTuple):
     """What is compared: `candidates[:, 0]` are the positives, the rest hard negatives. `hashes` mask equal texts, `guide`
-    what another model finds too close to the anchor; None masks nothing."""
+    what another model finds too close to the anchor; None masks nothing. Late interaction has vectors [L E] for a [D]."""
 
-    anchor: Float[Array, "B D"]
-    candidates: Float[Array, "B C D"]
+    anchor: Float[Array, "B *D"]
+    candidates: Float[Array, "B C *D"]
     hashes: Hashes | None = None
     guide: Guide | None = None
 
@@ -109,12 +110,12 @@ def inverse_norm(x: Float[Array, "*rows D"]) -> Float[Array, "*rows"]:
 def sides(pairs: Pairs, rule: Rule, first: Array | int = 0) -> dict[str, Side]:
     """The queries, positives and hard negatives [B K] flat, with what decides which pairs count. `first` is the place of
     row 0 in the global batch. The vectors are left as they come."""
-    b, c, d = pairs.candidates.shape
+    b, c, *d = pairs.candidates.shape
     row_B = first + jnp.arange(b, dtype=jnp.int32)
     made = {
         "query": Side(pairs.anchor, row_B),
         "positive": Side(pairs.candidates[:, 0], row_B),
-        "negative": Side(pairs.candidates[:, 1:].reshape(b * (c - 1), d), jnp.repeat(row_B, c - 1)),
+        "negative": Side(pairs.candidates[:, 1:].reshape(b * (c - 1), *d), jnp.repeat(row_B, c - 1)),
     }
     if pairs.hashes is not None:
         anchor, positive = pairs.hashes.anchor, pairs.hashes.candidates[:, 0]
@@ -147,11 +148,29 @@ def loss(pairs: Pairs, rule: Rule, scale: Float[Array, ""] | float, bias: Float[
     make = normalize if rule.similarity == "cosine" else floats
     unit = make(pairs.anchor), make(pairs.candidates)
     found = sides(pairs._replace(anchor=unit[0], candidates=unit[1]), rule)
+    value, metrics = compared(found, rule, scale, bias, product)
+    positive = (unit[0] * unit[1][:, 0]).sum(-1).mean()
+    return value, metrics | {"positive": jax.lax.stop_gradient(positive)}
+
+
+def product(term: Term, rows: Side, columns: Side) -> Float[Array, "R N"]:
+    """The similarity of unit vectors, or of vectors as they are."""
+    # Accelerators multiply float32 in less by default; a score's error counts `scale` times.
+    return jnp.matmul(rows.vectors, columns.vectors.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def compared(
+    found: dict[str, Side],
+    rule: Rule,
+    scale: Float[Array, ""] | float,
+    bias: Float[Array, ""] | float,
+    similarity: Callable[[Term, Side, Side], Float[Array, "R N"]],
+) -> Loss:
+    """The loss of `rule` over the sides' similarities, however they are scored. Metrics: `top1`."""
     rows, columns = [], []
     for term in terms(rule, found):
         x, y = found[term.rows], found[term.columns]
-        # Accelerators multiply float32 in less by default; a score's error counts `scale` times.
-        cosine_RN = jnp.matmul(x.vectors, y.vectors.T, precision=jax.lax.Precision.HIGHEST)
+        cosine_RN = similarity(term, x, y)
         score_RN = scale * cosine_RN + (bias if rule.criterion == "sigmoid" else 0.0)
         factor = hardened(term, rule.hardness, x, y)
         hard_RN = score_RN if factor is None else score_RN + rule.strength * factor * jax.lax.stop_gradient(cosine_RN)
@@ -163,9 +182,7 @@ def loss(pairs: Pairs, rule: Rule, scale: Float[Array, ""] | float, bias: Float[
     own_B = jnp.diagonal(rows[0])
     documents_BN = jnp.concatenate(rows[: 1 + ("negative" in found)], 1)
     value = _criterion(rule, jnp.concatenate(rows, 1), columns, own_B)
-    positive = (unit[0] * unit[1][:, 0]).sum(-1).mean()
-    top1 = (documents_BN.argmax(-1) == jnp.arange(len(own_B))).mean(dtype=jnp.float32)
-    return value, {"top1": top1, "positive": jax.lax.stop_gradient(positive)}
+    return value, {"top1": (documents_BN.argmax(-1) == jnp.arange(len(own_B))).mean(dtype=jnp.float32)}
 
 
 def _criterion(rule: Rule, rows_BM: Array, columns: list[Array], own_B: Array) -> Float[Array, ""]:
