@@ -28,7 +28,7 @@ from embedjax.data.batches import Batches
 from embedjax.data.columns import is_text
 from embedjax.data.mined import Mined
 from embedjax.data.sources import BadRow, open_source
-from embedjax.data.text import Texts, save_tokenizer, train_wordpiece
+from embedjax.data.text import Texts, add_tokens, save_tokenizer, train_wordpiece
 from embedjax.evaluate import tasks
 from embedjax.evaluate.encode import asked
 from embedjax.evaluate.tasks.heads import HeadData, head_of
@@ -113,7 +113,9 @@ def _check_towers(config: Config) -> None:
     for name in model.encoders:
         if getattr(model.towers[name], "max_length", 0) == LONGEST and not config.data.buckets:
             raise ConfigError(f"tower {name!r} takes texts of any length, but batches are of one: set its max_length")
-    _ = model.similarity  # raises where towers differ
+    _ = model.similarity, model.late  # these raise where towers differ
+    if model.late and (mined := [task.name for task in config.data.sets if task.mine]):
+        raise ConfigError(f"set {mined[0]!r} mines its negatives, which late interaction, without a vector a text, cannot")
     if config.export.format != "none":
         check_format(model, config.export.format)
 
@@ -150,6 +152,7 @@ def _check_tasks(config: Config) -> None:
     """What every evaluation asks of the model must be there now, not at its first evaluation: prompt or adapter, dims, head."""
     heads = _untrained_heads(config)
     for task in config.evaluate.tasks:
+        tasks.check_late(task, config.model)
         for column in task.sides:
             name = config.model.tower_of(column)
             tower = config.model.towers[name]
@@ -309,7 +312,9 @@ def _texts(config: Config, name: str, tower: Tower, sources: dict, folder: Path)
                     f"tower {name!r}: a trained tokenizer pads with id 0; set arch.pad_id to 0, not {tower.arch.pad_id}"
                 )
             rows = _training_text(config, sources)
-            made = train_wordpiece(rows, tower.arch.vocab_size, lowercase=tower.lowercase)
+            markers = (tower.late.query_marker, tower.late.document_marker) if tower.late else ()
+            made = train_wordpiece(rows, tower.arch.vocab_size - len(markers), lowercase=tower.lowercase)
+            add_tokens(made, markers, tower.arch.vocab_size)
             save_tokenizer(made, kept, max_length=tower.max_length)
         else:
             origin = tower.tokenizer or tower.init
@@ -346,7 +351,7 @@ def _batches(
     return Batches(
         config.data,
         [sources[task.name] for task in config.data.sets],
-        {column: texts[tower] for column, tower in towers.items() if tower in texts},
+        {column: texts[tower].of(column) for column, tower in towers.items() if tower in texts},
         [
             {column: tower.prompt_for(column, task.prompt) for column, tower in found.items() if isinstance(tower, Tower)}
             for task in config.data.sets

@@ -12,11 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 from embedjax import config as configs
 from embedjax import saves
-from embedjax.config import ROLES, ClipText, ImageTower, Pixels, Static, Tower, serialize
+from embedjax.config import ROLES, TOKEN_FEATURES, ClipText, Dense, ImageTower, Pixels, Static, Tower, serialize
 from embedjax.config.errors import ConfigError, StorageError
 from embedjax.data.image import Images
 from embedjax.data.image import check as check_images
-from embedjax.data.text import Texts, load_tokenizer
+from embedjax.data.text import Texts, add_tokens, load_tokenizer
 from embedjax.models import folders, layout, lora, pictures
 from embedjax.models.classifier import Head, read_heads
 from embedjax.models.embedder import Embedder, build_embedder
@@ -129,6 +129,8 @@ def make_texts(tower: Tower, tokenizer: Path) -> Texts:
     assert tower.arch is not None and tower.max_length is not None
     if isinstance(tower.arch, Static):
         loaded.post_processor = None  # which puts the special tokens around a text
+    if tower.late:
+        add_tokens(loaded, (tower.late.query_marker, tower.late.document_marker), tower.arch.vocab_size)
     size = loaded.get_vocab_size()
     if size > tower.arch.vocab_size:
         raise ConfigError(f"{tokenizer}: the tokenizer has {size} tokens; the tower's vocab_size is {tower.arch.vocab_size}")
@@ -145,6 +147,7 @@ def make_texts(tower: Tower, tokenizer: Path) -> Texts:
         include_prompt=tower.include_prompt is not False,
         pad_id=tower.arch.pad_id,
         fills=tower.arch.fills,
+        late=tower.late,
     )
 
 
@@ -205,6 +208,8 @@ def resolve_text_tower(tower: Tower, known: Tower | None = None) -> Tower:
         chosen["tokenizer"] = base.tokenizer  # it is beside the encoder, which is not at the top of every folder
     if tower.similarity == "dot":
         chosen.setdefault("normalize", False)  # or the product would be a cosine again
+    if tower.late or base.late:
+        chosen |= _late(tower, base)
     resolved = dataclasses.replace(base, **chosen)
     assert resolved.arch is not None and resolved.max_length is not None
     if resolved.max_length > (most := family_of(resolved.arch).longest(resolved.arch)):
@@ -217,6 +222,23 @@ def resolve_text_tower(tower: Tower, known: Tower | None = None) -> Tower:
             'name one of them, or "" for none'
         )
     return resolved
+
+
+def _late(tower: Tower, base: Tower) -> dict[str, Any]:
+    """What late interaction decides of a tower that resolves over `base`."""
+    late = tower.late or base.late
+    assert late is not None and base.arch is not None
+    if isinstance(base.arch, Static) or base.arch.fills:
+        raise ConfigError(f"{type(base.arch).__name__} has no late interaction: it knows no context of a token, or no padding")
+    longest = max(late.query_length, late.document_length)
+    if tower.max_length not in (None, longest):
+        raise ConfigError(
+            f"max_length is {tower.max_length}; late interaction has Late.query_length and Late.document_length instead"
+        )
+    found: dict[str, Any] = {"late": late, "max_length": longest}
+    if tower.dense is None and not base.late:  # its projections, if any, are those of a pooled vector
+        found["dense"] = (Dense(TOKEN_FEATURES, bias=False, activation="identity"),)
+    return found
 
 
 def is_run(path: Path) -> bool:

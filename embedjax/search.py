@@ -24,6 +24,7 @@ from embedjax.config import File
 from embedjax.config.errors import ConfigError, DataError, StorageError
 from embedjax.data.sources import open_source
 from embedjax.evaluate.encode import asked, encode, fingerprint
+from embedjax.evaluate.late import TokenVectors, encode_tokens, maxsim_topk
 from embedjax.evaluate.retrieval import topk
 from embedjax.evaluate.rows import string_at, text_column
 from embedjax.evaluate.tasks.side import comparable
@@ -82,9 +83,13 @@ def search(
         raise ConfigError("the query is empty")
     if k < 1:
         raise ConfigError(f"{k} results were asked for; it must be at least 1")
-    vectors = corpus_vectors(model, corpus.texts, task=task, mesh=mesh, cache=cache, progress=progress)
-    wanted = comparable(encode(model, [query], column="query", task=task, mesh=mesh), model.config.similarity)
-    scores, rows = topk(wanted, vectors, k, mesh=mesh)
+    if model.config.late:
+        tokens = corpus_tokens(model, corpus.texts, task=task, mesh=mesh, cache=cache, progress=progress)
+        scores, rows = maxsim_topk(encode_tokens(model, [query], column="query", task=task, mesh=mesh), tokens, k, mesh=mesh)
+    else:
+        vectors = corpus_vectors(model, corpus.texts, task=task, mesh=mesh, cache=cache, progress=progress)
+        wanted = comparable(encode(model, [query], column="query", task=task, mesh=mesh), model.config.similarity)
+        scores, rows = topk(wanted, vectors, k, mesh=mesh)
     found = zip(scores[0].tolist(), rows[0].tolist(), strict=True)
     return [Hit(rank, score, corpus.texts[row], corpus.places[row]) for rank, (score, row) in enumerate(found, 1)]
 
@@ -106,14 +111,39 @@ def corpus_vectors(
     vectors = encode(model, texts, column="document", task=task, mesh=mesh, progress=progress)
     vectors = comparable(vectors, model.config.similarity)
     if file:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            new = file.with_suffix(f".{os.getpid()}.new.npy")
-            np.save(new, vectors)
-            os.replace(new, file)
-        except OSError as error:
-            raise StorageError(f"{file}: cannot keep the corpus's vectors: {error.strerror}") from error
+        _keep(file, vectors)
     return vectors
+
+
+def corpus_tokens(
+    model: Model,
+    texts: Sequence[str],
+    *,
+    task: str | None = None,
+    mesh: DeviceMesh | None = None,
+    cache: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> TokenVectors:
+    """The same for a model of late interaction: the vectors of the texts' tokens, in two files."""
+    key = _key(model, texts, task) if cache else ""
+    files = [cache / f"{key}.{part}.npy" for part in ("tokens", "starts")] if cache else []
+    if files and all(file.exists() for file in files):
+        return TokenVectors(*(np.load(file, mmap_mode="r") for file in files))
+    found = encode_tokens(model, texts, task=task, mesh=mesh, progress=progress)
+    if files:
+        _keep(files[0], found.vectors)
+        _keep(files[1], found.starts)
+    return found
+
+
+def _keep(file: Path, array: np.ndarray) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = file.with_suffix(f".{os.getpid()}.new.npy")
+        np.save(new, array)
+        os.replace(new, file)
+    except OSError as error:
+        raise StorageError(f"{file}: cannot keep the corpus's vectors: {error.strerror}") from error
 
 
 def cache_folder() -> Path:

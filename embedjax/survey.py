@@ -88,7 +88,8 @@ def _read(batches: Batches, at: int, limit: int) -> Read:
     source, layout = batches.sources[at], batches.layouts[at]
     measured = np.zeros(total := len(source), bool)
     measured[np.linspace(0, total - 1, min(limit, total)).astype(int)] = True
-    whole = {name: dataclasses.replace(batches.texts[tower_column(name)], max_length=1 << 20) for name in layout.texts}
+    plain = lambda texts: dataclasses.replace(texts, max_length=1 << 20, late=None)
+    whole = {name: plain(batches.texts[tower_column(name)]) for name in layout.texts}
     lengths, keys = ({name: [np.zeros(0, kind)] for name in layout.texts} for kind in (np.int32, np.uint64))
     count, examples, told = 0, [], time.monotonic()
     for start in range(0, total, CHUNK):

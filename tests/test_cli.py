@@ -200,6 +200,7 @@ def config():
     towers = {kind.__name__: Tower(kind(), dense=(Dense(8),), lora={"x": Lora()}) for kind in typing.get_args(Architecture)}
     image = lambda kind: ImageTower(kind(), pixels=Pixels(), dense=(Dense(8),), lora={"x": Lora()})
     towers |= {kind.__name__: image(kind) for kind in typing.get_args(ImageArchitecture)}
+    towers["late"] = Tower(Bert(), dense=(Dense(8),), lora={"x": Lora()}, late=Late())
     return Config(
         model=Model(towers), data=Data(sets=tuple(sets)), optim=Optim(groups=(Group(),)),
         evaluate=Evaluate(tasks=tuple(kind() for kind in typing.get_args(Task))),
@@ -249,7 +250,7 @@ def test_help_shows_every_field(tmp_path, capsys):
         assert set(options) <= set(told), option
         first = " ".join(documented(kind)[field].split()[:4])
         assert first in out if options != [option] else first in told[option], (option, first)
-    assert hidden == {"mine", "queries", "corpus", "layers"}  # configs of their own that are not there
+    assert hidden == {"mine", "queries", "corpus", "layers", "late"}  # configs of their own that are not there
     assert {getattr(c, name) for name in c.__all__ if dataclasses.is_dataclass(getattr(c, name))} <= met
 
 

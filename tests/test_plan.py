@@ -52,6 +52,14 @@ def test_shapes_without_buckets_are_the_longest(tiny_config):
     assert columns["anchor"]["ids"].shape == (16, 8) and not more
 
 
+def test_shapes_of_late_interaction_are_those_of_the_data(tiny_config, tmp_path):
+    late = {"late": c.Late(query_length=6, document_length=9), "max_length": None}
+    config = build.resolve(changed(tiny_config, tower=late, export={"format": "none"}))
+    told = lambda each: [(task, jax.tree.map(lambda x: (x.shape, x.dtype), columns)) for task, columns in each]
+    assert told(shapes(config)) == told(build.build(config, tmp_path).batches.shapes())
+    assert [shapes(config)[0][1][name]["score"].shape for name in ("anchor", "positive")] == [(16, 6), (16, 9)]
+
+
 # ---- a step that can be run: what was compiled ahead is what it takes
 
 

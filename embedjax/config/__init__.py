@@ -2,6 +2,7 @@
 
 from embedjax.config.data import Data, File, Functions, Glyphs, Pictures, Set, Source, Tar, Tfds
 from embedjax.config.image import VITS, Augment, ImageArchitecture, ImageTower, Pixels, Vit
+from embedjax.config.late import TOKEN_FEATURES, Late
 from embedjax.config.losses import (
     AnglE,
     BatchAll,
@@ -108,6 +109,7 @@ __all__ = [
     "InBatch",
     "KlDistillation",
     "KnnClassification",
+    "Late",
     "Layers",
     "Lora",
     "Loss",
@@ -144,6 +146,7 @@ __all__ = [
     "Sts",
     "Sum",
     "SupCon",
+    "TOKEN_FEATURES",
     "Tar",
     "Task",
     "Taught",

@@ -6,6 +6,7 @@ import re
 from typing import Literal
 
 from embedjax.config.errors import ConfigError
+from embedjax.config.late import Late
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 PoolingName = Literal["mean", "cls", "max", "weightedmean", "lasttoken"]
@@ -295,6 +296,9 @@ class Tower:
     freeze_layers: int = 0
     """With n, the tables (of tokens, positions, types and relative positions) and the first n layers are not trained, and have
     no backward pass; with all layers the whole encoder. 0 for none of them."""
+    late: Late | None = None
+    """Late interaction: a vector a token instead of one a text. Lengths are its own, and so is the default of `dense`; pooling
+    counts for nothing."""
 
     def __post_init__(self):
         for name in self.lora:
@@ -306,6 +310,8 @@ class Tower:
             raise ConfigError(f"max_length is {self.max_length}; it must be at least 1")
         if self.arch is None and not self.init:
             raise ConfigError("a tower needs `arch` (sizes) or `init` (a folder or hub id to start from)")
+        if self.late and (self.similarity == "dot" or self.normalize is False):
+            raise ConfigError("late interaction compares cosines of tokens; leave `similarity` and `normalize` as they are")
 
     @property
     def width(self) -> int:
@@ -314,16 +320,20 @@ class Tower:
             return self.dense[-1].features
         return self.arch.width if self.arch else 0
 
+    def length_of(self, column: str) -> int:
+        """Tokens of the longest text of a column; 0 while the tower is not resolved."""
+        return self.late.length(side_of(column)) if self.late else self.max_length or 0
+
     def prompt_for(self, column: str, name: str = "") -> str | None:
         """The prompt's name for a column: that of a set or task by its `name`, where the tower has such; else "query" for
         anchors and "document" for the rest, where it has these; else the default prompt."""
-        side = _side(column)
+        side = side_of(column)
         return self.prompt_named(name, column) or (side if side in (self.prompts or {}) else self.default_prompt or None)
 
     def prompt_named(self, name: str, column: str = "text") -> str | None:
         """The prompt that a set's or task's name means for a column: NAME-query for anchors or NAME-document for the rest, else
         NAME itself; None where the tower has none. A "text" is of neither side."""
-        names = (name,) if column == "text" else (f"{name}-{_side(column)}", name)
+        names = (name,) if column == "text" else (f"{name}-{side_of(column)}", name)
         return next((each for each in names if name and each in (self.prompts or {})), None)
 
     def knows(self, name: str) -> bool:
@@ -331,5 +341,6 @@ class Tower:
         return name in self.lora or any(self.prompt_named(name, column) for column in ("text", *ROLES))
 
 
-def _side(column: str) -> str:
+def side_of(column: str) -> Literal["query", "document"]:
+    """Which side of a search a column is on."""
     return "query" if ROLES.get(column, column) == "anchor" else "document"

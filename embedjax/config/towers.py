@@ -53,6 +53,19 @@ class Model:
             raise ConfigError(f"the towers' vectors are compared with each other, but their similarities differ: {found}")
         return found[self.encoders[0]]
 
+    @property
+    def late(self) -> bool:
+        """Whether texts are compared by their tokens' vectors. Raises ConfigError when towers disagree."""
+        found = {name: self.is_late(name) for name in self.encoders}
+        if len(set(found.values())) > 1:
+            raise ConfigError(f"the towers' texts are compared with each other, but not all by late interaction: {found}")
+        return found[self.encoders[0]]
+
+    def is_late(self, name: str) -> bool:
+        """Whether a tower gives a vector a token."""
+        tower = self.towers[name]
+        return isinstance(tower, Tower) and tower.late is not None
+
     def tower_of(self, column: str) -> str:
         """The name of the tower that encodes a column. `negative_2` follows `negative`, and that, if it is not named,
         `positive`; "query" is the tower of anchors, "document" that of positives."""

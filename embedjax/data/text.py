@@ -20,6 +20,8 @@ from jaxtyping import Int32
 from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from embedjax.config.errors import ConfigError, DataError, nearest
+from embedjax.config.late import Late, Side
+from embedjax.config.model import side_of
 
 # What a tokenizer is made of in the folders people share; "*.model" is sentencepiece.
 FILES = (
@@ -45,6 +47,7 @@ class Texts:
 
     `prompts` are texts by name, put before every string; with `include_prompt` false their tokens are not pooled.
     `pad_id` None takes the tokenizer's own. With `fills` every text has `max_length` tokens: padding counts as they do.
+    `late` makes them texts of late interaction, of one `side` of it, which `of` changes: `max_length` is that side's.
     The tokenizer itself is not changed.
     Raises ConfigError for a length without room for a token, an unknown prompt, or a tokenizer without padding token.
     """
@@ -57,11 +60,18 @@ class Texts:
     pad_id: int | None = None
     pad_side: Literal["right", "left"] = "right"
     fills: bool = False
+    late: Late | None = None
+    side: Side = "document"
     _truncating: dict[int, Tokenizer] = dataclasses.field(default_factory=dict, init=False, repr=False)
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False, repr=False)
     _cuts: bool = dataclasses.field(init=False, repr=False)
+    _marker: int | None = dataclasses.field(default=None, init=False, repr=False)
+    _skip: tuple[int, ...] = dataclasses.field(default=(), init=False, repr=False)
+    _mask_id: int = dataclasses.field(default=0, init=False, repr=False)
 
     def __post_init__(self):
+        if self.late is not None:
+            self._set_late(self.late)
         if self.pad_id is None:
             pad = next((token for token in ROLES["pad_token"] if self.tokenizer.token_to_id(token) is not None), None)
             if pad is None:
@@ -71,51 +81,93 @@ class Texts:
         self._at(self.max_length)
         self._prefix(None)
 
+    def _set_late(self, late: Late) -> None:
+        known, marker = self.tokenizer.token_to_id, late.marker(self.side)
+        if marker and known(marker) is None:
+            raise ConfigError(f"the tokenizer has no token {marker!r}, the marker of a {self.side}")
+        mask_id = next((known(token) for token in ROLES["mask_token"] if known(token) is not None), None)
+        if late.expand and mask_id is None:
+            raise ConfigError("the tokenizer has no [MASK] token to fill queries with; set Late.expand to False")
+        found = [known(token) for token in late.skip]
+        for name, value in {
+            "max_length": late.length(self.side),
+            "_marker": known(marker) if marker else None,
+            "_mask_id": mask_id or 0,
+            "_skip": tuple(k for k in found if k is not None),
+        }.items():
+            object.__setattr__(self, name, value)
+
+    def of(self, column: str) -> "Texts":
+        """These texts as those of a column: for late interaction queries or documents, else simply these."""
+        if self.late is None or side_of(column) == self.side:
+            return self
+        return dataclasses.replace(self, side=side_of(column))
+
+    @property
+    def _expands(self) -> bool:
+        return self.late is not None and self.late.expand and self.side == "query"
+
     def encode(
         self, texts: Sequence[str], *, length: int | None = None, prompt: str | None = None, words: bool = False
     ) -> dict[str, np.ndarray]:
         """{"ids": int32 [N L], "mask": bool [N L]}; "pool": bool [N L] when a prompt is used that is not pooled; with `words`
-        "word": int32 [N L], the number of the word a token is a piece of, -1 for special tokens and padding.
+        "word": int32 [N L], the number of the word a token is a piece of, -1 for special tokens and padding; for late
+        interaction "score": bool [N L], the tokens that are compared.
 
         L is `length`, or that of the longest text; never more than `max_length` of it are tokens. `prompt` is a name in
         `prompts`; None takes the default prompt. Raises DataError for what is not a string of valid Unicode, ConfigError for
         a length below one that texts are to fill.
         """
-        if self.fills:
+        if self.fills or self._expands:
             length = self.max_length if length is None else length
             if length < self.max_length:
                 raise ConfigError(
                     f"texts of {length} tokens are asked for, but the tower's fill its max_length of {self.max_length}: set "
-                    "max_length, and leave data.buckets empty"
+                    f"{'Late.query_length' if self._expands else 'max_length'}, and leave data.buckets empty"
                 )
         prefix = self._prefix(prompt)
         encodings = self._tokenize([prefix + text for text in texts] if prefix else texts, length, words)
-        sizes = np.fromiter((len(encoding) for encoding in encodings), np.int32, len(encodings))
+        rows = [encoding.ids for encoding in encodings]
+        if self._marker is not None:
+            rows = [[*ids[:1], self._marker, *ids[1:]] for ids in rows]
+        sizes = np.fromiter(map(len, rows), np.int32, len(rows))
         width = sizes.max(initial=0) if length is None else length
         places = np.arange(width)[None]
         within = lambda n: places < n[:, None] if self.pad_side == "right" else places >= width - n[:, None]
         mask = within(sizes)
         ids = np.full(mask.shape, self.pad_id, np.int32)
-        ids[mask] = np.fromiter(itertools.chain.from_iterable(encoding.ids for encoding in encodings), np.int32, sizes.sum())
+        ids[mask] = np.fromiter(itertools.chain.from_iterable(rows), np.int32, sizes.sum())
         columns = {"ids": ids, "mask": mask}
         if words:
             columns["word"] = np.full(mask.shape, -1, np.int32)
             columns["word"][mask] = [-1 if k is None else k for encoding in encodings for k in encoding.word_ids]
             special = [k for k, token in self.tokenizer.get_added_tokens_decoder().items() if token.special]
             columns["word"][np.isin(ids, special)] = -1  # those written in the text have a word
+        if self.late is not None:
+            columns |= self._compared(self.late, ids, mask, within(np.full_like(sizes, self.max_length)))
+            return columns
         if self.fills:
             columns["mask"] = mask = within(np.full_like(sizes, self.max_length))
         if prefix and not self.include_prompt:
             columns["pool"] = mask & (np.cumsum(mask, axis=1) > self._prompt_tokens(prefix))
         return columns
 
+    def _compared(self, late: Late, ids: np.ndarray, mask: np.ndarray, filled: np.ndarray) -> dict[str, np.ndarray]:
+        """What late interaction changes: tokens that fill a query are compared, though the others may not see them."""
+        if not self._expands:
+            skipped = np.isin(ids, self._skip) if self.side == "document" else np.zeros_like(mask)
+            return {"score": mask & ~skipped}
+        ids = np.where(filled & ~mask, self._mask_id, ids).astype(np.int32)
+        return {"ids": ids, "mask": filled if late.attend else mask, "score": filled}
+
     def lengths(self, texts: Sequence[str], prompt: str | None = None) -> Int32[np.ndarray, " N"]:
         """Number of tokens of each text after truncation to `max_length`, prompt and special tokens included."""
-        if self.fills:
+        if self.fills or self._expands:
             return np.full(len(texts), self.max_length, np.int32)
         prefix = self._prefix(prompt)
         encodings = self._tokenize([prefix + text for text in texts] if prefix else texts, None)
-        return np.fromiter((len(encoding) for encoding in encodings), np.int32, len(encodings))
+        marker = int(self._marker is not None)
+        return np.fromiter((len(encoding) + marker for encoding in encodings), np.int32, len(encodings))
 
     def _prefix(self, prompt: str | None) -> str:
         name = self.default_prompt if prompt is None else prompt
@@ -132,8 +184,9 @@ class Texts:
         return len(ids) - (last is not None and last.special)
 
     def _at(self, length: int | None) -> Tokenizer:
-        """A copy of the tokenizer that truncates to `length`: changing one copy's truncation would race between threads."""
-        length = self.max_length if length is None else min(length, self.max_length)
+        """A copy of the tokenizer that truncates to `length`, a marker's place left: changing one copy's truncation would race
+        between threads."""
+        length = (self.max_length if length is None else min(length, self.max_length)) - (self._marker is not None)
         with self._lock:
             if length not in self._truncating:
                 special = self.tokenizer.num_special_tokens_to_add(False)
@@ -150,7 +203,7 @@ class Texts:
         tokenized whole only if that part does not fill the length: the result is the same."""
         tokenizer = self._at(length)
         encode = tokenizer.encode_batch if words else tokenizer.encode_batch_fast  # the fast one knows of no words
-        size = self.max_length if length is None else min(length, self.max_length)
+        size = (self.max_length if length is None else min(length, self.max_length)) - (self._marker is not None)
         try:
             parts = [_cut(text, CHARS_PER_TOKEN * size) for text in texts] if self._cuts else list(texts)
             encodings = encode(parts)
@@ -237,6 +290,17 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int,
         _write_json(folder / "special_tokens_map.json", tokens)
     config = json.loads(config_file.read_text("utf-8")) if config_file.exists() else {**_class(tokenizer), **tokens}
     _write_json(config_file, {**config, "model_max_length": max_length})
+
+
+def add_tokens(tokenizer: Tokenizer, tokens: Iterable[str], vocab_size: int) -> None:
+    """Adds the tokens that a tokenizer lacks. Raises ConfigError where the table of `vocab_size` rows has no room for them."""
+    new = [token for token in dict.fromkeys(tokens) if token and tokenizer.token_to_id(token) is None]
+    if (size := tokenizer.get_vocab_size()) + len(new) > vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {size} tokens and not {', '.join(map(repr, new))}, for which the tower's vocab_size of "
+            f"{vocab_size} has no room; choose markers that the tokenizer has"
+        )
+    tokenizer.add_tokens(new)
 
 
 def save_truncating(tokenizer: Tokenizer, folder: str | Path, *, max_length: int) -> None:

@@ -79,6 +79,8 @@ def encode(
 class Encoder:
     """One tower of a model on a mesh, for any number of blocks of texts."""
 
+    late = False  # whether it gives vectors of tokens
+
     def __init__(
         self,
         model: Model,
@@ -90,7 +92,13 @@ class Encoder:
         tokens_per_batch: int | None = None,
     ):
         self.prompt, adapter = asked(model.config, column, prompt, task)
-        tower = model.config.tower_of(column)
+        tower, self.column = model.config.tower_of(column), column
+        if model.config.is_late(tower) != self.late:
+            kinds = "a vector a text", "a vector a token, by late interaction"
+            raise ConfigError(
+                f"{model.origin} gives {kinds[not self.late]}; here {kinds[self.late]} is asked for. Late interaction is for "
+                "embedjax search, for evaluate's retrieval, reranking, pairs, triplets and sts, and for encode_tokens in Python"
+            )
         params = plain_params(model, tower, adapter)
         self.mesh = mesh or mesh_of(params)
         self.params = jax.tree.map(lambda leaf: _on(self.mesh, leaf), params)
@@ -118,7 +126,10 @@ class Encoder:
 
     def _batches(self, columns: Columns) -> Iterator[tuple[np.ndarray, Columns]]:
         """(row numbers, the batch that begins with these rows)."""
-        for rows, shape in plan(columns["mask"].sum(1), self.texts.max_length, self.tokens, self.mesh.size):
+        yield from self._cut(columns, columns["mask"].sum(1))
+
+    def _cut(self, columns: Columns, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, Columns]]:
+        for rows, shape in plan(lengths, self.texts.max_length, self.tokens, self.mesh.size):
             yield rows, _padded(columns, rows, shape)
 
     def embed(self, columns: Columns, advance: Callable[[int], None] = lambda rows: None) -> Float[np.ndarray, "N E"]:

@@ -25,6 +25,8 @@ def check_format(model: configs.Model, format: str) -> None:
     """Raises ConfigError for an unknown format, and for towers that it does not hold."""
     if format not in FORMATS:
         raise ConfigError(f"unknown export format {format!r}; {nearest(format, FORMATS)}")
+    if model.late:
+        raise ConfigError('late interaction is exported in no format yet; set export.format to "none"')
     for name in model.routes.values():
         if name not in model.texts:
             raise ConfigError(f'tower {name!r} is one of pictures, which no format here holds; set export.format to "none"')

@@ -45,6 +45,14 @@ def kl(
     return divergence(log_teacher, jax.nn.log_softmax(scores_BC / temperature, -1)).mean() * temperature**2
 
 
+def spread(scores_BC: Float[Array, "B C"]) -> Float[Array, "B C"]:
+    """Each row's scores from 0, the lowest, to 1, the highest, as PyLate has a student's before it compares them; where
+    all are equal, which have no place between, they are 0."""
+    low_B1 = scores_BC.min(1, keepdims=True)
+    width_B1 = scores_BC.max(1, keepdims=True) - low_B1
+    return (scores_BC - low_B1) / jnp.where(width_B1 > 0, width_B1 + 1e-8, 1)
+
+
 def divergence(log_p: Float[Array, "*n C"], log_q: Float[Array, "*n C"]) -> Float[Array, "*n"]:
     """KL(p || q)."""
     return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from embedjax import config
 from embedjax.config.errors import ConfigError
+from embedjax.config.late import Late
 from embedjax.config.model import Architecture, ClipText, Dense, Dtype, PoolingName, SiglipText
 from embedjax.models.families import family_of
 from embedjax.models.heads import PLACES, init_projections, normalize, pool, project
@@ -33,6 +34,8 @@ class Embedder:
     compute: Dtype = "float32"
     remat: bool = False
     layers: Literal["auto", "scan", "unroll"] = "auto"
+    late: Late | None = None
+    """How tokens are compared, for a tower of token vectors; None for one vector a text."""
     still: int = dataclasses.field(default=0, repr=False)
     """First layers without gradient; decides no number, and is left out of what tells models apart."""
 
@@ -63,7 +66,8 @@ class Embedder:
         key: UInt32[Array, ""] | None = None,
         want: tuple[Want, ...] = ("pooled",),
     ) -> Output:
-        """Embed a column {"ids" int32 [B ... L], "mask" bool, optionally "pool" bool: the tokens to pool}.
+        """Embed a column {"ids" int32 [B ... L], "mask" bool, optionally "pool" bool: the tokens to pool; for late interaction
+        "score" bool: the tokens that are compared}.
 
         `key` draws dropout, None drops nothing. `row` numbers the texts of the first axis in the global batch, so that a chunk
         of a batch drops as the whole would; default 0, 1, ... Further axes count on: text [b, k] of [B K L] is row b * K + k.
@@ -71,7 +75,7 @@ class Embedder:
         """
         ids = column["ids"]
         lead, texts = ids.shape[:-1], math.prod(ids.shape[:-1])
-        flat = {name: column[name].reshape(texts, ids.shape[-1]) for name in ("ids", "mask", "pool") if name in column}
+        flat = {name: column[name].reshape(texts, ids.shape[-1]) for name in ("ids", "mask", "pool", "score") if name in column}
         row_N = jnp.arange(texts) if row is None else spread(row, texts // ids.shape[0])
         tower: Any = self.tower  # Linen's apply is typed for every kind of module at once
         how: dict[str, Any] = {"row_B": row_N, "key": key, "want_layers": "layers" in want}
@@ -86,6 +90,7 @@ class Embedder:
         return Output(
             pooled=pooled,
             tokens=unflatten(tokens, ()) if "tokens" in want else None,
+            vectors=unflatten(self._vectors(params, tokens, flat), ()) if "vectors" in want else None,
             layers=None if each is None else unflatten(each, each.shape[:1]),
         )
 
@@ -100,6 +105,11 @@ class Embedder:
         x_BE = by_rows(project(params.get("dense", {}), pooled_BD, self.dense))
         return normalize(x_BE) if self.normalize else x_BE
 
+    def _vectors(self, params: dict[str, Any], tokens_BLD: Array, flat: dict[str, Array]) -> Array:
+        """Khattab & Zaharia 2020, section 3.2: projected, without what is not compared, of length 1."""
+        x_BLE = by_rows(project(params.get("dense", {}), tokens_BLD.astype(jnp.float32), self.dense))
+        return normalize(jnp.where(flat["score"][..., None], x_BLE, 0))
+
 
 @overload
 def build_embedder(tower: config.Tower) -> Embedder: ...
@@ -112,6 +122,6 @@ def build_embedder(tower: config.Tower | config.ImageTower) -> Embedder | ImageE
     if isinstance(tower, config.ImageTower):
         return build_image_embedder(tower)
     names = [field.name for field in dataclasses.fields(Embedder) if field.name != "still"]
-    if unresolved := [name for name in names if getattr(tower, name) is None]:
+    if unresolved := [name for name in names if getattr(tower, name) is None and name != "late"]:
         raise ConfigError(f"the tower is not resolved: {', '.join(unresolved)} is None; read it from its `init` folder first")
     return Embedder(**{name: getattr(tower, name) for name in names})

@@ -86,12 +86,12 @@ def init_projections(key: Array, width: int, specs: Sequence[Dense]) -> dict[str
     return params
 
 
-def project(params: dict[str, dict[str, Array]], x_BD: Float[Array, "B D"], specs: Sequence[Dense]) -> Float[Array, "B E"]:
+def project(params: dict[str, dict[str, Array]], x_BD: Float[Array, "*n D"], specs: Sequence[Dense]) -> Float[Array, "*n E"]:
     """The projections one after the other, in float32."""
     for n, spec in enumerate(specs):
         x_BD = x_BD @ params[str(n)]["kernel"]
         if spec.bias:
-            x_BD = x_BD + params[str(n)]["bias"][None]
+            x_BD = x_BD + params[str(n)]["bias"].reshape(*(1,) * (x_BD.ndim - 1), -1)
         x_BD = jnp.tanh(x_BD) if spec.activation == "tanh" else x_BD
     return x_BD
 

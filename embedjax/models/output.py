@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Want = Literal["pooled", "tokens", "layers"]
+Want = Literal["pooled", "tokens", "layers", "vectors"]
 
 
 class Output(NamedTuple):
@@ -19,6 +19,8 @@ class Output(NamedTuple):
     """Every layer's, what the first one sees first."""
     stats: dict[str, Any] | None = None
     """Statistics of the batch, {"encoder": ...} by the paths of the running ones, of a tower that was not given these."""
+    vectors: Float[Array, "*B L E"] | None = None
+    """For late interaction one vector a token, of length 1; zeros for tokens that are not compared."""
 
 
 def spread(row_B: Int[Array, "B"], copies: int) -> Int[Array, "N"]:

@@ -36,8 +36,9 @@ from embedjax.config import (
     Triplet,
     VectorDistillation,
 )
+from embedjax.config.errors import ConfigError
 from embedjax.models.embedder import Embedder
-from embedjax.objective import distill, triplet
+from embedjax.objective import distill, late, triplet
 from embedjax.objective.classify import class_head, init_class_head, sup_con
 from embedjax.objective.encoding import require
 from embedjax.objective.inbatch import first_values, in_batch
@@ -74,6 +75,14 @@ OBJECTIVES: dict[type[Loss], Builder] = {
     DenoisingAutoEncoder: denoising,
 }
 
+LATE: dict[type[Loss], Builder] = {
+    MultipleNegatives: late.in_batch,
+    Siglip: late.in_batch,
+    MarginMse: late.scores,
+    KlDistillation: late.scores,
+}
+"""Those of late interaction, whose texts have a vector a token."""
+
 # `(task, model, embedders, key) -> parameters` of the losses that have a head of their own.
 HEADS: dict[type[Loss], Callable[[Set, Model, Mapping[str, Embedder], jax.Array], dict[str, Any]]] = {
     Classify: init_class_head,
@@ -95,7 +104,11 @@ def _made(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: Mesh
     if isinstance(task.loss, Sum):
         parts = [_made(each, model, embedders, mesh) for each in members(task)]
         return wrapped(summed(task, model, embedders, parts), task, model, embedders)
-    return wrapped(OBJECTIVES[type(task.loss)](task, model, embedders, mesh), task, model, embedders)
+    builders = LATE if model.late else OBJECTIVES
+    if type(task.loss) not in builders:
+        known = ", ".join(kind.__name__ for kind in LATE)
+        raise ConfigError(f"set {task.name!r}: {type(task.loss).__name__} is no loss of late interaction; known: {known}")
+    return wrapped(builders[type(task.loss)](task, model, embedders, mesh), task, model, embedders)
 
 
 def loss_params(task: Set, model: Model, embedders: Mapping[str, Embedder], key: jax.Array) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from embedjax.config import KlDistillation, MarginMse, Model, Set, Taught, VectorDistillation
 from embedjax.config.errors import ConfigError
@@ -50,18 +51,25 @@ def scores(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: Mes
     loss = task.loss
     assert isinstance(loss, MarginMse | KlDistillation)
     similarity = loss.similarity or model.similarity
-    targets = _taught_scores(task, loss, model, embedders) if loss.teacher else _stored_scores(task)
+    targets = _taught_scores(task, loss, model, embedders) if loss.teacher else stored_scores(task)
 
     def value(params, outputs, targets, key):
-        student = distill.scores(outputs["anchor"], outputs["positive"], similarity)
-        if isinstance(loss, MarginMse):
-            return distill.margin_mse(student, targets), {}
-        return distill.kl(student, targets, loss.temperature, loss.teacher_temperature), {}
+        return judged(loss, distill.scores(outputs["anchor"], outputs["positive"], similarity), targets), {}
 
     return Objective(texts(task, model, embedders), targets, value)
 
 
-def _stored_scores(task: Set) -> Callable:
+def judged(loss: MarginMse | KlDistillation, student: Float[Array, "B C"], teacher: Float[Array, "B S"]) -> Float[Array, ""]:
+    """The loss of a student's scores of each row's own documents."""
+    if isinstance(loss, MarginMse):
+        return distill.margin_mse(student, teacher)
+    student = distill.spread(student) if loss.min_max else student
+    return distill.kl(student, teacher, loss.temperature, loss.teacher_temperature)
+
+
+def stored_scores(task: Set) -> Callable:
+    """`(constants, columns) -> [B S]`: the teacher's scores in the set's columns. Raises ConfigError for a number of them that
+    does not fit that of the texts."""
     count = lambda start: sum(name.split("_")[0] == start for name in task.names)
     negatives, found = count("negative"), count("score")
     wanted = (negatives + 1, negatives) if isinstance(task.loss, MarginMse) else (negatives + 1,)

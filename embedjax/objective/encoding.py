@@ -1,5 +1,6 @@
 """The texts of a batch through their towers: the columns a loss sees, each as vectors, and what is drawn from a step's key."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -20,7 +21,8 @@ LAYERS, PREFIXES = 1, 2
 def texts(task: Set, model: Model, embedders: Mapping[str, Embedder]) -> Callable:
     """The `encode` of a loss of vectors: outputs {"anchor": [B E], "positive": [B 1+K E]}, as far as the set has these columns;
     with `layers` in the loss also "layers", the same at n earlier layers: {"anchor": [B n E], ...}; and where a tower has
-    normalised by statistics of the batch "stats", by the paths of the running ones: {"towers": {tower: {"encoder": ...}}}."""
+    normalised by statistics of the batch "stats", by the paths of the running ones: {"towers": {tower: {"encoder": ...}}}.
+    Late interaction has the vectors of tokens: {"anchor": [B L E], "positive": [B 1+K L E]}."""
     loss = task.loss
     embed = encoder(model, embedders, loss.layers if isinstance(loss, Pooled) else None)
 
@@ -62,14 +64,15 @@ def encoder(model: Model, embedders: Mapping[str, Embedder], layers: Layers | No
             whole = {k: jnp.concatenate([part[k] for part in stacked], 1) for k in stacked[0]}
             # Groups share row numbers, so each has its own key: equal masks for a row's texts would correlate them.
             salted = None if key is None else key + jnp.uint32((place * 0x9E3779B9) & 0xFFFFFFFF)
-            found, seen = _embed(embedders[tower], towers[tower], whole, row, salted, key, layers)
+            embed = _embed_tokens if model.is_late(tower) else functools.partial(_embed, layers=layers, step_key=key)
+            found, seen = embed(embedders[tower], towers[tower], whole, row, salted)
             if seen:  # pictures have one size, so no tower is called twice
                 outputs.setdefault("stats", {"towers": {}})["towers"][tower] = seen
             start = 0
             for name, width in zip(names, widths, strict=True):
                 leaf = next(iter(columns[name].values()))
                 shape = leaf.shape[: leaf.ndim - len(item)]
-                outputs[name] = found[0][:, start : start + width].reshape(*shape, -1)
+                outputs[name] = found[0][:, start : start + width].reshape(*shape, *found[0].shape[2:])
                 if layers:
                     each = found[1][:, start : start + width]
                     outputs.setdefault("layers", {})[name] = each.reshape(*shape, *each.shape[2:])
@@ -82,6 +85,13 @@ def encoder(model: Model, embedders: Mapping[str, Embedder], layers: Layers | No
 def item_shape(column: Mapping[str, Array]) -> tuple[int, ...]:
     """The shape of one text, (L,), or one picture, (H, W, 3), of a column."""
     return column["pixels"].shape[-3:] if "pixels" in column else column["ids"].shape[-1:]
+
+
+def _embed_tokens(embedder: Embedder, params, column, row, key) -> tuple[tuple[Array, ...], Any]:
+    """The vectors [B C L E] of the tokens of a column [B C L]; there are no statistics."""
+    out = embedder.apply(params, column, row=row, key=key, want=("vectors",))
+    assert out.vectors is not None
+    return (out.vectors,), None
 
 
 def _embed(embedder: Embedder, params, column, row, key, step_key, layers: Layers | None) -> tuple[tuple[Array, ...], Any]:
@@ -126,6 +136,7 @@ def _require_equal_tokens(what: str, name: str, column: str, task: Set, model: M
     parts = {
         "the tokenizer": lambda tower: (tower.tokenizer or tower.init, tower.arch and tower.arch.vocab_size, tower.lowercase),
         "special tokens, which static tables do without": lambda tower: type(tower.arch) is Static,
+        "what late interaction adds to texts": lambda tower: tower.late,
         f"the prompt of column {column!r}": lambda tower: _prompt(tower, tower.prompt_for(column, task.prompt)),
     }
     for part, of in parts.items():

@@ -36,25 +36,32 @@ def in_batch(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: M
     compare = _comparison(loss, mesh, model.similarity, first_scale(loss, model))
 
     def targets(constants, columns):
-        hashes = None
-        if loss.mask_duplicates:
-            found = columns["hash"]
-            parts = [found["positive"][:, None]] + ([found["negative"]] if "negative" in found else [])
-            hashes = Hashes(found["anchor"], jnp.concatenate(parts, 1))
-        return hashes, guide(constants, columns)
+        return hashes_of(columns) if loss.mask_duplicates else None, guide(constants, columns)
 
     def value(params, outputs, targets, key):
-        learned = params.get("loss", {})
-        scale = jnp.exp(learned["scale"]) if loss.learn_scale else first_scale(loss, model)
-        bias = 0.0
-        if isinstance(loss, Siglip):
-            bias = learned["bias"] if loss.learn_bias else loss.bias
+        scale, bias, told = learned(params, loss, model)
         pairs, chosen = Pairs(outputs["anchor"], outputs["positive"], *targets), chosen_prefixes(loss, key)
         found, metrics = compare(pairs, scale, bias, chosen)
-        metrics |= {"scale": scale} if loss.learn_scale else {}
-        return found, metrics | ({"bias": bias} if isinstance(loss, Siglip) and loss.learn_bias else {})
+        return found, metrics | told
 
     return Objective(texts(task, model, embedders), targets, value)
+
+
+def hashes_of(columns: dict) -> Hashes:
+    """Those of a batch's texts."""
+    found = columns["hash"]
+    parts = [found["positive"][:, None]] + ([found["negative"]] if "negative" in found else [])
+    return Hashes(found["anchor"], jnp.concatenate(parts, 1))
+
+
+def learned(params: Mapping, loss: InBatch, model: Model) -> tuple[Any, Any, dict[str, Any]]:
+    """The scale and the bias of the scores, trained or not, and the metrics that tell of those that are."""
+    found = params.get("loss", {})
+    scale, bias = jnp.exp(found["scale"]) if loss.learn_scale else first_scale(loss, model), 0.0
+    if isinstance(loss, Siglip):
+        bias = found["bias"] if loss.learn_bias else loss.bias
+    told = {"scale": scale} if loss.learn_scale else {}
+    return scale, bias, told | ({"bias": bias} if isinstance(loss, Siglip) and loss.learn_bias else {})
 
 
 def first_values(tasks: Sequence[Set], model: Model) -> dict[str, float]:
@@ -79,12 +86,12 @@ def first_scale(loss: InBatch, model: Model) -> float:
     """The factor on the scores, at first if it is learned."""
     if loss.scale is not None:
         return loss.scale
-    return 20.0 if model.similarity == "cosine" else 1.0
+    return 20.0 if model.similarity == "cosine" and not model.late else 1.0
 
 
 def _comparison(loss: InBatch, mesh: Mesh, similarity: Similarity, scale: float) -> Callable[..., contrastive.Loss]:
     """`(pairs, scale, bias, chosen) -> (loss, metrics)` of the global batch, in the form the config or the size asks for."""
-    rule = _rule(loss, similarity)
+    rule = rule_of(loss, similarity)
     dense = functools.partial(contrastive.loss, rule=rule)
     whole = lambda pairs, scale, bias, chosen: dense(pairs, scale=scale, bias=bias)
     if loss.matryoshka:
@@ -132,7 +139,8 @@ def _ring(pairs: Pairs, rule: Rule, scale, bias, chosen, mesh: Mesh, options: di
     return value_B.mean(), {"positive": cosine_B.mean()}
 
 
-def _rule(loss: InBatch, similarity: Similarity) -> Rule:
+def rule_of(loss: InBatch, similarity: Similarity) -> Rule:
+    """What the losses of arrays are told of a config."""
     rule = Rule("sigmoid", margin=loss.guide_margin, margin_kind=loss.guide_margin_kind, similarity=similarity)
     if not isinstance(loss, MultipleNegatives):
         return rule

@@ -34,15 +34,17 @@ Value = Callable[[Any, dict, Any, Any], tuple[Any, dict]]
 
 
 def wrapped(made: Objective, task: Set, model: Model, embedders: Mapping[str, Embedder]) -> Objective:
-    """The objective of a loss with its prefixes and layers. In-batch losses see to their prefixes themselves; a sum's are those
-    of its losses. Raises ConfigError for prefixes or layers that the towers have not."""
+    """The objective of a loss with its prefixes and layers. In-batch losses of vectors see to their prefixes themselves; a
+    sum's are those of its losses. Raises ConfigError for prefixes or layers that the towers have not."""
     loss, value = task.loss, made.loss
     if not isinstance(loss, Pooled):
         return made
     if loss.matryoshka:
         require_prefixes(task, model, embedders)
-        if not isinstance(loss, InBatch | Sum):
+        if not isinstance(loss, Sum) and (model.late or not isinstance(loss, InBatch)):
             value = _prefixes(value, loss, normalized_prefixes(task, model, embedders))
+    if loss.layers and model.late:
+        raise ConfigError(f"set {task.name!r} trains earlier layers, which late interaction does not")
     if loss.layers:
         value = _layers(value, loss.layers, _depth(task, model, embedders))
     return made._replace(loss=value)

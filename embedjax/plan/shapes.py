@@ -27,7 +27,7 @@ def _buckets(config: Config) -> tuple[tuple[int, int], ...]:
         return config.data.buckets
     used = {tower_column(name) for task in config.data.sets for name in task.names if is_text(name)}
     towers = {name: config.model.towers[config.model.tower_of(name)] for name in used}
-    longest = {name: tower.max_length or 0 for name, tower in towers.items() if isinstance(tower, Tower)}
+    longest = {name: tower.length_of(name) for name, tower in towers.items() if isinstance(tower, Tower)}
     anchor = longest.pop("anchor", 0)
     document = min(longest.values(), default=anchor)
     return ((anchor or document or 1, document or 1),)
@@ -49,7 +49,9 @@ def _columns(config: Config, task: Set, lengths: tuple[int, int]) -> dict[str, A
             continue
         shape = (*front, lengths[0] if name == "anchor" else lengths[1])
         columns[name] = {"ids": Abstract(shape, np.dtype(np.int32)), "mask": Abstract(shape, np.dtype(bool))}
-        if tower.include_prompt is False and (tower.prompts or {}).get(tower.prompt_for(name, task.prompt) or ""):
+        if tower.late:
+            columns[name]["score"] = Abstract(shape, np.dtype(bool))
+        elif tower.include_prompt is False and (tower.prompts or {}).get(tower.prompt_for(name, task.prompt) or ""):
             columns[name]["pool"] = Abstract(shape, np.dtype(bool))
         if getattr(task.loss, "words", False):
             columns[name]["word"] = Abstract(shape, np.dtype(np.int32))

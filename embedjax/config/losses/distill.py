@@ -63,6 +63,8 @@ class KlDistillation(TaughtScores):
     """What the student's scores are divided by."""
     teacher_temperature: float = 1.0
     """What the teacher's scores are divided by."""
+    min_max: bool = False
+    """Scale each row's scores of the student to 0, its lowest, up to 1, before the temperature: PyLate's default."""
 
     def __post_init__(self):
         super().__post_init__()

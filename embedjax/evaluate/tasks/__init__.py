@@ -12,7 +12,7 @@ from embedjax.config.errors import ConfigError
 from embedjax.evaluate.tasks import bitext, classification, clustering, heads, pairs, reranking, retrieval, sts
 from embedjax.evaluate.tasks.heads import HeadData
 from embedjax.evaluate.tasks.retrieval import DEPTH, RetrievalData
-from embedjax.evaluate.tasks.side import Side, Vectors
+from embedjax.evaluate.tasks.side import Side
 from embedjax.load import Model
 
 __all__ = ["DEPTH", "RetrievalData", "TaskData", "evaluate", "prepare", "read"]
@@ -28,7 +28,7 @@ class TaskData(Protocol):
     @property
     def sides(self) -> Sequence[Side]: ...
 
-    def scores(self, vectors: Sequence[Vectors], similarity: Similarity, mesh: DeviceMesh | None) -> dict[str, float]:
+    def scores(self, vectors: Sequence[Any], similarity: Similarity, mesh: DeviceMesh | None) -> dict[str, float]:
         """{METRIC: value} of the vectors of `sides`, whole or a prefix of them."""
         ...
 
@@ -45,6 +45,10 @@ READERS: dict[type, Callable[[Any], TaskData]] = {
     config.Clustering: clustering.read,
     config.BitextMining: bitext.read,
 }
+
+
+LATE = (config.Retrieval, config.Reranking, config.Sts, config.PairClassification, config.TripletAccuracy)
+"""The tasks of late interaction, which compares texts and has no vector of one."""
 
 
 def evaluate(
@@ -64,19 +68,29 @@ def evaluate(
     found: dict[str, float] = {}
     for task in tasks:
         data = task if isinstance(task, TaskData) else read(task)
+        check_late(data.task, model.config)
         data = data.of(model.heads, model.origin, model.config) if isinstance(data, HeadData) else data
         whole = _encoded(data, model, mesh, progress)
         for label, dim in zip(data.task.labels, (None, *data.task.dims), strict=True):
-            vectors = [side.prefix(model, part, dim) if dim else part for side, part in zip(data.sides, whole, strict=True)]
+            vectors: list[Any] = [
+                side.prefix(model, part, dim) if dim else part for side, part in zip(data.sides, whole, strict=True)
+            ]
             scores = data.scores(vectors, model.config.similarity, mesh)
             found.update({f"{label}/{metric}": value for metric, value in scores.items()})
     return found
 
 
+def check_late(task: Task, model: config.Model) -> None:
+    """Raises ConfigError for a task that wants one vector a text, and a model of late interaction, which has one a token."""
+    if model.late and not isinstance(task, LATE):
+        kinds = ", ".join(kind.__name__ for kind in LATE)
+        raise ConfigError(f"task {task.name!r} is {type(task).__name__}; late interaction is scored by {kinds}")
+
+
 def _encoded(
     data: TaskData, model: Model, mesh: DeviceMesh | None, progress: Callable[[str, int, int], None] | None
-) -> list[Vectors]:
-    """The vectors of each side; the progress is that of all of them."""
+) -> list[Any]:
+    """The vectors of each side, or by late interaction those of its tokens; the progress is that of all of them."""
     total, before, found = sum(len(side.texts) for side in data.sides), 0, []
     told = lambda before, done: progress(f"encode {data.task.name}", before + done, total) if progress else None
     for side in data.sides:

@@ -11,7 +11,7 @@ from embedjax.config import PairClassification, Similarity, TripletAccuracy
 from embedjax.config.errors import DataError
 from embedjax.evaluate import scores
 from embedjax.evaluate.tasks.reading import labels_in, opened, rows_of, texts_in
-from embedjax.evaluate.tasks.side import Side, Vectors, pairwise
+from embedjax.evaluate.tasks.side import Side, TokenVectors, Vectors, pairwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,9 @@ class PairData:
     sides: tuple[Side, Side]
     right: Bool[np.ndarray, " N"]
 
-    def scores(self, vectors: Sequence[Vectors], similarity: Similarity, mesh: DeviceMesh | None) -> dict[str, float]:
+    def scores(
+        self, vectors: Sequence[Vectors | TokenVectors], similarity: Similarity, mesh: DeviceMesh | None
+    ) -> dict[str, float]:
         """Average precision, and accuracy, F1, precision and recall, each at the threshold best for accuracy or F1."""
         a, b = vectors
         return scores.binary(pairwise(a, b, similarity), self.right)
@@ -35,7 +37,9 @@ class TripletData:
     task: TripletAccuracy
     sides: tuple[Side, Side, Side]
 
-    def scores(self, vectors: Sequence[Vectors], similarity: Similarity, mesh: DeviceMesh | None) -> dict[str, float]:
+    def scores(
+        self, vectors: Sequence[Vectors | TokenVectors], similarity: Similarity, mesh: DeviceMesh | None
+    ) -> dict[str, float]:
         """The share of anchors nearer to the positive; equally near counts as wrong."""
         anchor, positive, negative = vectors
         right = pairwise(anchor, positive, similarity) > pairwise(anchor, negative, similarity)

@@ -2,14 +2,16 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jax.sharding import Mesh as DeviceMesh
+from jaxtyping import Float
 
 from embedjax.config import Reranking, Similarity
 from embedjax.config.errors import DataError
 from embedjax.evaluate import scores
+from embedjax.evaluate.late import TokenVectors, maxsim_own
 from embedjax.evaluate.rows import text_at, texts_at
 from embedjax.evaluate.tasks.reading import opened, rows_of
 from embedjax.evaluate.tasks.side import Side, Vectors, comparable
@@ -23,13 +25,15 @@ class RerankingData:
     sides: tuple[Side, Side]
     judgements: Sequence[Mapping[int, bool]]
 
-    def scores(self, vectors: Sequence[Vectors], similarity: Similarity, mesh: DeviceMesh | None) -> dict[str, float]:
+    def scores(
+        self, vectors: Sequence[Vectors | TokenVectors], similarity: Similarity, mesh: DeviceMesh | None
+    ) -> dict[str, float]:
         """Means over the queries. Of candidates with equal similarity the wrong ones count as the nearer ones."""
-        queries, documents = (comparable(part, similarity) for part in vectors)
-        gains = np.zeros((len(queries), max(map(len, self.judgements))))
-        for row, query, judged in zip(gains, queries, self.judgements, strict=True):
+        of = own_scores(vectors, similarity)
+        gains = np.zeros((len(self.judgements), max(map(len, self.judgements))))
+        for query, (row, judged) in enumerate(zip(gains, self.judgements, strict=True)):
             right = np.fromiter(judged.values(), np.float64)
-            found = documents[list(judged)] @ query
+            found = of(query, list(judged))
             row[: len(judged)] = right[np.lexsort((right, -found))]
         ideal = -np.sort(-gains, axis=1)
         values = {
@@ -38,6 +42,18 @@ class RerankingData:
             "ndcg@10": scores.ndcg_at(gains, ideal, 10),
         }
         return {key: float(value.mean()) for key, value in values.items()}
+
+
+def own_scores(
+    vectors: Sequence[Vectors | TokenVectors], similarity: Similarity
+) -> Callable[[int, list[int]], Float[np.ndarray, " n"]]:
+    """(queries, documents) -> `(query, some documents) -> similarities`, by numbers."""
+    queries, documents = vectors
+    if isinstance(queries, TokenVectors) or isinstance(documents, TokenVectors):
+        assert isinstance(queries, TokenVectors) and isinstance(documents, TokenVectors)
+        return lambda query, some: maxsim_own(queries.of(query), documents, some)
+    these, those = comparable(queries, similarity), comparable(documents, similarity)
+    return lambda query, some: those[some] @ these[query]
 
 
 def read(task: Reranking) -> RerankingData:

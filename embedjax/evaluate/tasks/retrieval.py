@@ -11,6 +11,7 @@ from embedjax.config import Retrieval, Similarity
 from embedjax.config.errors import ConfigError, DataError
 from embedjax.data.sources import Source, open_source, select
 from embedjax.evaluate import scores
+from embedjax.evaluate.late import TokenVectors, maxsim_topk
 from embedjax.evaluate.retrieval import topk
 from embedjax.evaluate.rows import key_at, number_at, picture_at, string_at, text_at
 from embedjax.evaluate.tasks.reading import opened, require, rows_of
@@ -76,14 +77,21 @@ class RetrievalData:
             found |= {f"success@{k}": scores.success_at(gains, k) for k in (1, 5, 10)}
         return {key: float(value.mean()) for key, value in found.items()}
 
-    def scores(self, vectors: Sequence[Vectors], similarity: Similarity, mesh: DeviceMesh | None) -> dict[str, float]:
+    def scores(
+        self, vectors: Sequence[Vectors | TokenVectors], similarity: Similarity, mesh: DeviceMesh | None
+    ) -> dict[str, float]:
         """The metrics of the model's ranking."""
         return self.measure(nearest(vectors, similarity, mesh, self.depth()))
 
 
-def nearest(vectors: Sequence[Vectors], similarity: Similarity, mesh: DeviceMesh | None, k: int) -> Int[np.ndarray, "Q k"]:
+def nearest(
+    vectors: Sequence[Vectors | TokenVectors], similarity: Similarity, mesh: DeviceMesh | None, k: int
+) -> Int[np.ndarray, "Q k"]:
     """(queries, documents) -> row numbers of each query's min(k, N) nearest documents, nearest first."""
-    queries, documents = (comparable(part, similarity) for part in vectors)
+    if tokens := [part for part in vectors if isinstance(part, TokenVectors)]:
+        asked, found = tokens
+        return maxsim_topk(asked, found, k, mesh=mesh)[1]
+    queries, documents = (comparable(part, similarity) for part in vectors if not isinstance(part, TokenVectors))
     return topk(queries, documents, k, mesh=mesh)[1]
 
 

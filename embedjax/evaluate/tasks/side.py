@@ -1,5 +1,6 @@
 """The texts of one column -> vectors, their prefixes, and how they are compared. Every task is made of such sides."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from embedjax import config
 from embedjax.config import ImageTower, Similarity, Tower
 from embedjax.config.errors import ConfigError
 from embedjax.evaluate.encode import Columns, Encoder, encoder_of
+from embedjax.evaluate.late import TokenEncoder, TokenVectors, maxsim_own
 from embedjax.load import Model
 
 Vectors = Float[np.ndarray, "N E"]
@@ -33,9 +35,12 @@ class Side:
         mesh: DeviceMesh | None,
         prompt: str = "",
         progress: Callable[[int], None] | None = None,
-    ) -> Vectors:
+    ) -> Vectors | TokenVectors:
         """Encoded by the column's tower, with the prompt that `encode` gives it. `prompt` names other prompts, or an adapter;
         `progress(rows)` tells how many are done. Raises ConfigError for an unknown one."""
+        if model.config.late:
+            tokens = TokenEncoder(model, column=self.column, task=prompt or None, mesh=mesh)
+            return tokens.gather(self._blocks(tokens), progress=progress)
         encoder = encoder_of(model, column=self.column_of(model.config), task=prompt or None, mesh=mesh)
         out, start = np.empty((len(self.texts), encoder.width), np.float32), 0
         for vectors in encoder.stream(self._blocks(encoder), progress=progress):
@@ -57,9 +62,12 @@ class Side:
         if size <= KEPT:
             self.tokens = key, kept
 
-    def prefix(self, model: Model, vectors: Vectors, dim: int) -> Vectors:
+    def prefix(self, model: Model, vectors: Vectors | TokenVectors, dim: int) -> Vectors | TokenVectors:
         """The first `dim` numbers of this side's vectors."""
-        return prefixed(vectors, dim, model.config.towers[model.config.tower_of(self.column_of(model.config))])
+        tower = model.config.towers[model.config.tower_of(self.column_of(model.config))]
+        if isinstance(vectors, TokenVectors):
+            return dataclasses.replace(vectors, vectors=prefixed(vectors.vectors, dim, tower))
+        return prefixed(vectors, dim, tower)
 
     def column_of(self, model: config.Model) -> str:
         """The column of `model` that takes these: of a model of pictures and texts the other one, where queries are pictures
@@ -80,8 +88,12 @@ def comparable(vectors: Vectors, similarity: Similarity) -> Vectors:
     return vectors if similarity == "dot" else unit(vectors)
 
 
-def pairwise(a: Vectors, b: Vectors, similarity: Similarity) -> Float[np.ndarray, " N"]:
-    """The similarity of each row of `a` and the same row of `b`, float64."""
+def pairwise(a: Vectors | TokenVectors, b: Vectors | TokenVectors, similarity: Similarity) -> Float[np.ndarray, " N"]:
+    """The similarity of each row of `a` and the same row of `b`, float64; of tokens by late interaction that of query `a` with
+    document `b`."""
+    if isinstance(a, TokenVectors) or isinstance(b, TokenVectors):
+        assert isinstance(a, TokenVectors) and isinstance(b, TokenVectors)
+        return np.array([maxsim_own(a.of(row), b, [row])[0] for row in range(len(a))], np.float64)
     return np.einsum("ne,ne->n", *(comparable(vectors.astype(np.float64), similarity) for vectors in (a, b)))
 
 

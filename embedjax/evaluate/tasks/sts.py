@@ -12,7 +12,7 @@ from embedjax.config.errors import DataError
 from embedjax.evaluate import scores
 from embedjax.evaluate.rows import number_at
 from embedjax.evaluate.tasks.reading import opened, rows_of, texts_in
-from embedjax.evaluate.tasks.side import Side, Vectors, pairwise
+from embedjax.evaluate.tasks.side import Side, TokenVectors, Vectors, pairwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,9 @@ class StsData:
     sides: tuple[Side, Side]
     wanted: Float[np.ndarray, " N"]
 
-    def scores(self, vectors: Sequence[Vectors], similarity: Similarity, mesh: DeviceMesh | None) -> dict[str, float]:
+    def scores(
+        self, vectors: Sequence[Vectors | TokenVectors], similarity: Similarity, mesh: DeviceMesh | None
+    ) -> dict[str, float]:
         """Correlations of the similarities with the scores; 0 for a model whose similarities are all equal."""
         a, b = vectors
         found = pairwise(a, b, similarity)
