@@ -30,7 +30,7 @@ from embedjax.data.mined import Mined
 from embedjax.data.sources import BadRow, open_source
 from embedjax.data.text import Texts, add_tokens, save_tokenizer, train_wordpiece
 from embedjax.evaluate import tasks
-from embedjax.evaluate.encode import asked
+from embedjax.evaluate.encode import asked, side_of
 from embedjax.evaluate.tasks.heads import HeadData, head_of
 from embedjax.export import check_format
 from embedjax.load import heads_of, make_images, make_texts, resolve_tower, tokenizer_folders
@@ -153,16 +153,18 @@ def _check_tasks(config: Config) -> None:
     heads = _untrained_heads(config)
     for task in config.evaluate.tasks:
         tasks.check_late(task, config.model)
-        for column in task.sides:
-            name = config.model.tower_of(column)
-            tower = config.model.towers[name]
+        for side, seen in zip(task.sides, task.seen, strict=True):
+            what = f"evaluation task {task.name!r}"
             try:
+                column = side_of(config.model, side, seen)
+                name = config.model.tower_of(column)
+                tower, what = config.model.towers[name], f"{what}, tower {name!r}"
                 _, adapter = asked(config.model, column, task=task.prompt or None)
                 lora.chosen(tower.lora, adapter)
                 if max(task.dims, default=0) > tower.width:
                     raise ConfigError(f"dims holds {max(task.dims)}; its vectors have {tower.width} numbers")
             except ConfigError as error:
-                raise ConfigError(f"evaluation task {task.name!r}, tower {name!r}: {error}") from error
+                raise ConfigError(f"{what}: {error}") from error
         if isinstance(task, HeadAccuracy):
             head_of(task, heads, f"run {config.name!r}", config.model)
 

@@ -12,7 +12,7 @@ import tyro
 from embedjax import supervise
 from embedjax.config import Bert, Config, Data, Evaluate, Model, Retrieval, Set, Tower
 from embedjax.config.errors import CheckFailed, ConfigError
-from embedjax.config.overrides import one_line, parse
+from embedjax.config.overrides import parse
 from embedjax.config.run import run_folder
 
 # What `train --help` without a config file shows the fields of.
@@ -90,8 +90,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     """evaluate MODEL --task TASK --data FILE"""
     from embedjax.evaluate import arguments as reading
 
-    with one_line():
-        name, task = reading.parse(arguments)
+    name, task = reading.parse(arguments)
     from embedjax.config import Mesh
     from embedjax.evaluate import tasks
     from embedjax.evaluate.progress import Stages
@@ -112,19 +111,22 @@ def encode(arguments: Sequence[str]) -> None:
         input: tyro.conf.Positional[str],
         output: tyro.conf.Positional[str],
         column: str = "",
-        kind: Annotated[Literal["query", "document", "text"] | None, tyro.conf.arg(name="as")] = None,
+        kind: Annotated[Literal["query", "document", "text", "image"] | None, tyro.conf.arg(name="as")] = None,
         task: str = "",
     ) -> tuple:
-        """Writes one vector a text. The same command after a kill goes on where it stopped.
+        """Writes one vector a text or picture. The same command after a kill goes on where it stopped.
 
         Args:
             model: Run folder, exported folder, Hugging Face or sentence-transformers folder, or hub id.
-            input: .txt with a text a line, .jsonl, .csv, .tsv or .parquet.
-            output: .npy (float32, N x E) or .parquet (texts and vectors).
-            column: Column of the texts in the input (default: the only one, or "text").
-            kind: What the texts are: queries and documents have prompts or towers of their own where the model has such
-                (default: text, without; for a model of two towers query where the column is called query or anchor, else
-                document).
+            input: .txt with a text a line, .jsonl, .csv, .tsv or .parquet; or a folder of pictures, at any depth and in the
+                order of their paths, a table with a column of pictures (paths relative to it, or bytes), or .tar archives of
+                webdataset's layout (one, or a pattern in quotes such as "train-{0000..0127}.tar").
+            output: .npy (float32, N x E) or .parquet (texts, or names of the pictures, and vectors).
+            column: Column of the texts or pictures in the input (default: "text" or "image", or the only one).
+            kind: What the inputs are. Queries and documents have prompts or towers of their own where the model has such
+                (default: text, without; for a model of two towers of texts query where the column is called query or anchor,
+                else document). A model of texts and pictures takes folders, archives and columns of bytes or of names such as
+                a.jpg for pictures, all else for texts, unless this says text or image.
             task: Name of one of the model's prompts, of one of its adapters, or of both.
         """
         return model, input, output, column, kind, task
@@ -151,40 +153,52 @@ def encode(arguments: Sequence[str]) -> None:
 
 
 def search(arguments: Sequence[str]) -> None:
-    """search MODEL --corpus FILE QUERY"""
+    """search MODEL --corpus FILE | --images FOLDER QUERY | --like PICTURE"""
 
     def command(
         model: tyro.conf.Positional[str],
-        query: tyro.conf.Positional[str],
-        corpus: str,
+        query: tyro.conf.Positional[str] = "",
+        corpus: str = "",
+        images: str = "",
+        like: str = "",
         column: str = "",
         k: int = 5,
         task: str = "",
     ) -> tuple:
-        """Prints the texts of a corpus nearest to a query.
+        """Prints the texts or pictures nearest to a text or picture.
 
         Args:
             model: Run folder, exported folder, Hugging Face or sentence-transformers folder, or hub id.
-            query: What to look for.
+            query: What to look for, in words.
             corpus: File of texts (.txt, .jsonl, .csv, .tsv, .parquet), or a folder whose Python functions are the texts.
-            column: Column of the texts (default: the only one, or "text").
+            images: Folder of pictures, at any depth; or a table or .tar archives of them. Those that cannot be decoded are
+                passed over.
+            like: A picture to look for, instead of words.
+            column: Column of the texts or pictures (default: "text" or "image", or the only one).
             k: How many to print.
             task: Name of one of the model's prompts, of one of its adapters, or of both, as `encode` has it.
         """
-        return model, query, corpus, column, k, task
+        return model, query, corpus, images, like, column, k, task
 
-    name, query, path, column, k, task = parse(command, arguments, prog="embedjax search")
+    name, query, path, images, like, column, k, task = parse(command, arguments, prog="embedjax search")
+    if bool(path) == bool(images):
+        raise ConfigError("search looks in texts (--corpus FILE) or in pictures (--images FOLDER): name one of them")
+    if bool(query) == bool(like):
+        raise ConfigError('search looks for a text or a picture: embedjax search MODEL ... "words", or --like PICTURE')
     from embedjax import search as finder
     from embedjax.config import Mesh
     from embedjax.evaluate.progress import Display
     from embedjax.load import load
     from embedjax.sharding import make_mesh
 
-    model, corpus = load(name), finder.open_corpus(path, column or None)
+    model = load(name)
+    corpus = finder.open_gallery(images, column or None) if images else finder.open_corpus(path, column or None)
     with Display("encode the corpus") as progress:
         mesh = make_mesh(Mesh())
         cache = finder.cache_folder()
-        hits = finder.search(model, corpus, query, k, task=task or None, mesh=mesh, cache=cache, progress=progress)
+        hits = finder.search(
+            model, corpus, query or Path(like), k, task=task or None, mesh=mesh, cache=cache, progress=progress
+        )
     finder.show(hits)
 
 
@@ -192,8 +206,7 @@ def mine(arguments: Sequence[str]) -> None:
     """mine MODEL CORPUS PAIRS OUT"""
     from embedjax.mine import arguments as reading
 
-    with one_line():
-        made = reading.parse(arguments)
+    made = reading.parse(arguments)
     from embedjax import mine as miner
     from embedjax.config import Mesh
     from embedjax.evaluate.progress import Stages
@@ -315,8 +328,8 @@ def doctor(arguments: Sequence[str]) -> None:
 
         Args:
             folders: Folders to look at.
-            data: Config file whose data are looked at instead: lengths, cut texts, repeated and bad rows, texts both trained
-                and evaluated on, and three rows as the model meets them.
+            data: Config file whose data are looked at instead: lengths, cut texts, sizes of pictures, repeated and bad rows,
+                texts and pictures both trained and evaluated on, and three rows as the model meets them.
             limit: At most so many rows of a set, evenly spaced.
         """
         return folders, data, limit

@@ -18,7 +18,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -87,3 +89,47 @@ def config_file(tmp_path, pairs_file):
         return path
 
     return make
+
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 230), "grey": (128, 128, 128)}
+COLOURS |= {"sea_green": (40, 140, 90), "gold": (250, 210, 20), "pink": (250, 160, 190)}
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> pathlib.Path:
+    """A folder of 28 PNG and JPEG pictures of many sizes, each in the folder of its colour; among them what is no picture."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for n, (name, colour) in enumerate([item for item in COLOURS.items() for _ in range(4)]):
+        noise = np.random.default_rng(n).normal(0, 25, (20 + n, 48 - n, 3))
+        (folder / name).mkdir(exist_ok=True)
+        pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / name / f"{n % 4}.{'jpg' if n % 3 else 'png'}")
+    (folder / "notes.txt").write_text("no picture")
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "x.png").write_bytes(b"no picture either")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pair():
+    """A random model of a tower of texts (anchors) and one of pictures (positives) of 16 pixels."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from embedjax import config as c
+    from embedjax.data.text import Texts
+    from embedjax.load import Model
+    from embedjax.models.embedder import build_embedder
+
+    words = ["[PAD]", "[UNK]", *WORDS, "a", "photo", "of", "the", "sea", "grey", "gold", "pink", ".", "painting"]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    head = {"dense": (c.Dense(12, False, "identity"),), "normalize": True, "similarity": "cosine"}
+    arch = c.Bert(vocab_size=64, width=16, depth=1, heads=2, mlp=32, positions=16, init_std=0.5)
+    text = c.Tower(arch, pooling="mean", include_prompt=True, prompts={}, max_length=16, **head)
+    image = c.ImageTower(c.Vit(image=16, patch=8, width=16, depth=1, heads=2, mlp=32, init_std=0.3), pixels=c.Pixels(), **head)
+    towers = {"image": image, "text": text}
+    embedders = {name: build_embedder(tower) for name, tower in towers.items()}
+    params = {name: jax.jit(embedder.init)(jax.random.key(n)) for n, (name, embedder) in enumerate(embedders.items())}
+    columns = {"anchor": "text", "positive": "image"}
+    texts = {"text": Texts(tokenizer, max_length=16)}
+    return Model(c.Model(towers, columns), embedders, {"towers": params}, texts, {}, "tiny")

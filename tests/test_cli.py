@@ -162,10 +162,16 @@ def test_wrong_overrides_name_the_field(arguments, line, write_config, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["evaluate", "m", "--task", "sts", "--data", "f.csv", "--k", "many"], ["--k", "many", "INT"]),
-        (["mine", "m", "corpus", "pairs", "out", "--num-negative", "3"], ["--num-negative,", "--num-negatives INT"]),
+        (["evaluate", "m", "--task", "sts", "--data", "f.csv", "--k", "many"], ["--k is 'many'; an int was expected"]),
+        (["evaluate", "m", "--tusk", "sts"], ["there is no option --tusk; did you mean '--task'?"]),
+        (["mine", "m", "c", "pairs", "out", "--num-negative", "3"], ["no option --num-negative; did", "'--num-negatives'"]),
+        (["mine", "m", "corpus", "pairs", "out", "--sampling", "all"], ["--sampling is 'all'; one of 'top', 'random'"]),
         (["encode", "m", "in.txt", "out.npy", "--as", "querry"], ["--as is 'querry'", "'query'"]),
-        (["search", "m", "text"], ["--corpus"]),
+        (["search", "m", "text"], ["--corpus FILE", "--images FOLDER"]),
+        (["search", "m", "text", "--corpus", "a", "--images", "b"], ["name one of them"]),
+        (["search", "m", "--images", "a"], ["a text or a picture", "--like"]),
+        (["search", "m", "text", "--like", "a.png", "--images", "a"], ["a text or a picture", "--like"]),
+        (["search", "m", "--image", "a", "text"], ["no option --image; did you mean '--images'?"]),
         (["export", "m", "folder", "--format", "st"], ["--format is 'st'", "'sentence-transformers'"]),
         (["doctor", "--limit", "few"], ["--limit is 'few'; an int was expected"]),
         (["plan", "my.py", "--topology"], ["my.py"]),
@@ -405,6 +411,77 @@ def test_encode_search_evaluate_and_check_work(exported, tmp_path, capsys, monke
     assert "sts/spearman" in capsys.readouterr().out
     assert run(["export", str(exported), "--check"]) == 0
     assert "largest difference 0.0e+00" in capsys.readouterr().out
+
+
+@pytest.fixture
+def loaded(pair, monkeypatch, tmp_path):
+    """Whatever model is named, it is the random one of pictures and texts."""
+    monkeypatch.setattr("embedjax.load.load", lambda name: pair)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_pictures_are_encoded_searched_and_evaluated(loaded, pictures, tmp_path, capsys):
+    out = tmp_path / "out.npy"
+    assert run(["encode", "m", str(pictures), str(out)]) == 0 and np.load(out).shape == (28, 12)
+    assert run(["search", "m", "--images", str(pictures), "a red photo", "--k", "3"]) == 0
+    assert re.findall(r"^(\d)  -?\d\.\d{3}  (.*)$", capsys.readouterr().out, re.M)[2][1].startswith(str(pictures))
+    assert run(["search", "m", "--images", str(pictures), "--like", str(pictures / "red" / "0.png"), "--k", "1"]) == 0
+    assert capsys.readouterr().out == f"1  1.000  {pictures / 'red' / '0.png'}\n"
+    texts = table(tmp_path / "in.txt", "red cat\nblue dog\n")
+    assert run(["search", "m", "--corpus", str(texts), "--like", str(pictures / "red" / "0.png")]) == 0
+    assert capsys.readouterr().out.count("in.txt:") == 2
+    task = ["evaluate", "m", "--data", str(pictures), "--dims", "8", "--task"]
+    assert run([*task, "zero-shot", "--templates", "a photo of a {}.", "{}"]) == 0
+    found = capsys.readouterr().out
+    assert all(f"zero-shot{dim}/{metric}" in found for dim in ("", "@8") for metric in ("top1", "top5", "mean_per_class"))
+    assert run([*task, "classification", "--train", str(pictures), "--per-label", "0"]) == 0
+    assert run([*task, "knn", "--train", str(pictures), "--k", "1"]) == 0
+    assert "knn/accuracy\t1.0000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ("encode m {none} out.npy", 3, ["none", "no such file"]),
+        ("encode m {empty} out.npy", 3, ["empty", "a folder without pictures"]),
+        ("encode m {broken} out.npy", 3, ["broken", "x.png:1", "cannot be decoded"]),
+        ("encode m {pictures} out.npy --column picture", 3, ["no column 'picture'", "found: image, name, label"]),
+        ("encode m {pictures} out.npy --as picture", 2, ["--as is 'picture'", "'image'"]),
+        ("encode m {pictures} out.txt", 2, ["out.txt", ".npy or .parquet"]),
+        ("encode m {pictures} out.npy --task wint", 2, ["no prompt and no adapter 'wint'"]),
+        ("encode m {packed} out.npy", 3, ["train.tar.gz", "unpack it to .tar"]),
+        ("encode m {words} out.npy --as image", 3, ["words.jsonl:1: column 'text'", "red cat' cannot be read"]),
+        ("search m --images {empty} red", 3, ["a folder without pictures"]),
+        ("search m --images {broken} red", 3, ["none of the 1 pictures can be decoded", "x.png"]),
+        ("search m --images {pictures} --like {none}", 3, ["none", "No such file"]),
+        ("search m --images {pictures} --like {words}", 3, ["words.jsonl", "cannot be decoded"]),
+        ("search m --images {pictures} red --k 0", 2, ["0 results"]),
+        ("search m --images {words} red", 3, ["none of the 1 pictures can be decoded", "red cat' cannot be read"]),
+        ("search m --corpus {pictures} red", 3, ["no Python functions", "--images"]),
+        ("evaluate m --task zero-shot --data {pictures} --templates photo", 2, ["'photo' has no {}"]),
+        ("evaluate m --task zero-shot --data {pictures} --classes red,blue", 3, ["is 'gold', none of the 2 classes"]),
+        ("evaluate m --task zero-shot --data {empty}", 3, ["a folder without pictures"]),
+        ("evaluate m --task zero-shot --data {broken}", 3, ["all 1 rows have the label 'broken'"]),
+        ("evaluate m --task zero-shot --data {words}", 3, ["words.jsonl has no column 'image'"]),
+        ("evaluate m --task zero-shot --data {pictures} --columns label=kind", 3, ["no column 'kind'"]),
+        ("evaluate m --task zero-shot --data {pictures} --dims 99", 2, ["dims holds 99"]),
+        ("evaluate m --task knn --data {pictures} --train {empty}", 3, ["a folder without pictures"]),
+        ("evaluate m --task classification --data {pictures}", 2, ["name their file with --train"]),
+        ("evaluate m --task retrieval --data {words} --columns query=text,document=text --pictures document", 3, ["red cat"]),
+        ("evaluate m --task retrieval --data {words} --pictures documents", 2, ["pictures names 'documents'"]),
+    ],
+)
+def test_wrong_pictures(arguments, code, words, loaded, pictures, tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.png").write_bytes(b"no picture")
+    table(tmp_path / "words.jsonl", '{"text": "red cat"}\n')
+    table(tmp_path / "train.tar.gz", "packed")
+    monkeypatch.chdir(tmp_path)
+    made = {name: tmp_path / name for name in ("none", "empty", "broken")}
+    made |= {"words": tmp_path / "words.jsonl", "packed": tmp_path / "train.tar.gz"}
+    filled = [word.format(pictures=pictures, **made) for word in arguments.split()]
+    assert_fails(filled, code, *words, capsys=capsys)
 
 
 def test_dry_run_prints_and_writes_nothing(write_config, tmp_path, capsys, monkeypatch):

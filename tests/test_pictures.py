@@ -55,7 +55,8 @@ def pairs(captioned):
     """The same with one caption a row, each a query for its picture."""
     rows = [json.loads(line) for line in captioned.read_text().splitlines()]
     path = captioned.with_name("pairs.jsonl")
-    path.write_text("".join(json.dumps({"file": r["file"], "text": text}) + "\n" for r in rows for text in r["captions"]))
+    said = [(row["file"], text, row["captions"][0].split()[0]) for row in rows for text in row["captions"]]
+    path.write_text("".join(json.dumps({"file": file, "text": text, "colour": colour}) + "\n" for file, text, colour in said))
     return path
 
 
@@ -102,7 +103,13 @@ def config(captioned, pairs):
             ),
         ),
         optim=c.Optim(learning_rate=1e-3),
-        evaluate=c.Evaluate(tasks=(task("document", "text", "file"), task("query", "file", "text"))),
+        evaluate=c.Evaluate(
+            tasks=(
+                task("document", "text", "file"),
+                task("query", "file", "text"),
+                c.ZeroShot(c.File(str(pairs)), {"image": "file", "label": "colour"}, templates=("{} square", "a bar in {}")),
+            )
+        ),
         checkpoint=c.Checkpoint(every=3),
         export=c.Export("none"),
         log_every=1,
@@ -132,6 +139,7 @@ def test_a_run_on_pictures_is_evaluated_loaded_and_goes_on_bitwise(config, tmp_p
         "to document@8/ndcg@10",
         "to document/success@5",
         "to query/success@10",
+        "zero-shot/top1",
     }
     with monkeypatch.context() as patch:
         patch.setattr(runs, "stop_signal", lambda: contextlib.nullcontext(StopAt(2)))
@@ -250,9 +258,11 @@ def test_what_pictures_cannot_be(config, tmp_path):
     refused(
         "at least the picture's side", model=dataclasses.replace(config.model, towers={**config.model.towers, "image": image})
     )
-    task = dataclasses.replace(config.evaluate.tasks[0], pictures=("image",))
-    with pytest.raises(ConfigError, match="query and document"):
-        tasks.read(task)
+    texts = c.Model({"text": config.model.towers["text"]})
+    data = sets(columns={"anchor": "captions", "positive": "captions"}, several=("anchor", "positive"))
+    refused("task 'to document': the model has no tower that takes pictures", model=texts, data=data)
+    dims = dataclasses.replace(config.evaluate.tasks[2], dims=(17,))
+    refused("task 'zero-shot', tower 'text': dims holds 17", evaluate=c.Evaluate(tasks=(dims,)))
 
 
 def test_pictures_learn_what_they_show(config, tmp_path):

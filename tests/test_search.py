@@ -1,15 +1,18 @@
 """Search: the nearest texts first, vectors kept between searches, functions of a folder as a corpus."""
 
 import io
+import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from embedjax import config, search
+from embedjax import config, encode_images, encode_texts, search
 from embedjax.config.errors import ConfigError, DataError
 from embedjax.data.text import Texts
+from embedjax.evaluate.encode import PictureEncoder
 from embedjax.load import Model
 from embedjax.models.embedder import build_embedder
 
@@ -60,7 +63,7 @@ def test_vectors_are_kept(model, corpus, tmp_path, monkeypatch):
     assert search.search(model, corpus, "red", 2, cache=cache) == first
     assert encoded == [1], "only the query"
     search.search(model, search.Corpus(TEXTS[:3], corpus.places[:3]), "red", 2, cache=cache)
-    assert encoded == [1, 3, 1] and len(list(cache.iterdir())) == 2
+    assert encoded == [1, 1, 3] and len(list(cache.iterdir())) == 2
     np.testing.assert_allclose(np.linalg.norm(np.load(kept), axis=1), 1, atol=1e-6)
 
 
@@ -146,3 +149,88 @@ def test_empty_lines_are_no_texts(tmp_path):
     (tmp_path / "gap.txt").write_text("red\n\nblue\n")
     corpus = search.open_corpus(tmp_path / "gap.txt")
     assert corpus == search.Corpus(["red", "blue"], [f"{tmp_path / 'gap.txt'}:{line}" for line in (1, 3)])
+
+
+# ---- pictures
+
+
+def test_texts_and_pictures_find_pictures(pair, pictures, tmp_path, monkeypatch):
+    """Against all products: paths in the order of their nearness, of words and of a picture, which finds itself first."""
+    monkeypatch.chdir(pictures.parent)
+    gallery = search.open_gallery(pictures.name)
+    paths = sorted(path.relative_to(pictures.parent).as_posix() for path in pictures.glob("[a-z]*/*"))
+    vectors = encode_images(pair, paths)
+    text = encode_texts(pair, ["a red photo"])[0]
+    picture = pictures / "red" / "3.png"
+    for query, wanted in (("a red photo", text), (picture, vectors[paths.index(f"{pictures.name}/red/3.png")])):
+        hits = search.search(pair, gallery, query, 6, cache=tmp_path)
+        order = np.argsort(-vectors @ wanted, kind="stable")[:6]
+        assert [hit.place for hit in hits] == [paths[n] for n in order]
+        np.testing.assert_allclose([hit.score for hit in hits], (vectors @ wanted)[order], atol=1e-6)
+        assert [hit.text for hit in hits] == [""] * 6 and [hit.rank for hit in hits] == [1, 2, 3, 4, 5, 6]
+    assert hits[0].place.endswith("red/3.png") and hits[0].score == pytest.approx(1, abs=1e-5)
+    out = io.StringIO()
+    search.show(hits[:1], out)
+    assert out.getvalue() == f"1  1.000  {pictures.name}/red/3.png\n"
+
+
+def test_a_picture_finds_texts(pair, pictures, tmp_path):
+    lines = ["red cat", "a blue photo", "old stone house"]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    hits = search.search(pair, search.open_corpus(tmp_path / "lines.txt"), pictures / "red" / "0.png", 3)
+    found = encode_texts(pair, lines) @ encode_images(pair, [pictures / "red" / "0.png"])[0]
+    assert [hit.text for hit in hits] == [lines[n] for n in np.argsort(-found)]
+
+
+def test_vectors_of_pictures_are_kept_until_one_changes(pair, pictures, tmp_path, monkeypatch):
+    folder, cache = tmp_path / "copy", tmp_path / "cache"
+    shutil.copytree(pictures, folder)
+    encoded, tokenize = [], PictureEncoder.tokenize
+    monkeypatch.setattr(
+        PictureEncoder, "tokenize", lambda self, items, *rest: encoded.append(len(items)) or tokenize(self, items, *rest)
+    )
+    find = lambda: search.search(pair, search.open_gallery(folder), "red", 40, cache=cache)
+    first = find()
+    assert find() == first and encoded == [28] and len(first) == 28
+    shutil.copyfile(folder / "pink" / "0.jpg", folder / "red" / "0.png")
+    changed = find()
+    assert encoded == [28, 28] and [hit.place for hit in changed] != [hit.place for hit in first]
+    shutil.copyfile(folder / "pink" / "0.jpg", folder / "red" / "new.jpg")
+    assert len(find()) == 29 and encoded == [28, 28, 29]
+
+
+def test_damaged_pictures_are_passed_over_and_told(pair, pictures, tmp_path, caplog):
+    folder = tmp_path / "copy"
+    shutil.copytree(pictures, folder)
+    (folder / "red" / "0.png").write_bytes(b"no picture")
+    (folder / "blue" / "3.jpg").unlink()
+    (folder / "blue" / "3.jpg").write_bytes((pictures / "blue" / "3.jpg").read_bytes()[:200])
+    find = lambda k: search.search(pair, search.open_gallery(folder), "red", k, cache=tmp_path / "cache")
+    with caplog.at_level("WARNING"):
+        hits = find(28)
+    assert len(hits) == 26 and not {hit.place for hit in hits} & {f"{folder}/red/0.png", f"{folder}/blue/3.jpg"}
+    assert "2 of 28 pictures cannot be decoded and are passed over; the first: " in caplog.text
+    assert f"{folder}/blue/3.jpg:1: column 'image': picture cannot be decoded" in caplog.text
+    assert find(3) == hits[:3], "those that are kept know which were damaged"
+    for path in folder.glob("*/*.*"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="none of the 28 pictures can be decoded"):
+        find(3)
+
+
+def test_pictures_of_a_table_and_what_cannot_be_searched(pair, model, pictures, tmp_path):
+    rows = [{"file": str(pictures / "red" / "0.png"), "n": 1}, {"file": str(pictures / "red" / "1.jpg"), "n": 2}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    hits = search.search(pair, search.open_gallery(tmp_path / "rows.jsonl", "file"), pictures / "red" / "1.jpg", 1)
+    assert hits[0].place == rows[1]["file"]
+    with pytest.raises(ConfigError, match="say which holds the pictures"):
+        search.open_gallery(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match="no such folder|no such file"):
+        search.open_gallery(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="a folder without pictures"):
+        search.open_gallery(tmp_path / "empty")
+    with pytest.raises(DataError, match="none.png.*No such file"):
+        search.search(pair, search.open_gallery(pictures), tmp_path / "none.png")
+    with pytest.raises(ConfigError, match="no tower that takes pictures"):
+        search.search(model, search.open_gallery(pictures), "red")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from PIL import Image
 
 from embedjax import config as c
 from embedjax.__main__ import run
@@ -90,3 +91,60 @@ def test_the_command(config_file, capsys):
     assert run(["doctor", "--data", str(config_file(3))]) == 0
     out = capsys.readouterr().out
     assert "ok    set 'train'" in out and "look    repeated rows" in out and "tokens: [CLS]" in out
+
+
+def test_pictures_are_measured_counted_and_compared(tiny_config, pictures, tmp_path):
+    """Sizes for lengths; damaged and repeated pictures, and those that are evaluated on too, by their bytes."""
+    paths = sorted(pictures.glob("[a-z]*/*.*"))
+    rows = [{"file": str(path), "captions": [f"{path.parent.name} photo {n}", f"a photo {n}"]} for n, path in enumerate(paths)]
+    (tmp_path / "same.png").write_bytes((pictures / "red" / "0.png").read_bytes())
+    (tmp_path / "cut.png").write_bytes((pictures / "red" / "0.png").read_bytes()[:99])
+    rows += [{"file": "same.png", "captions": ["another"]}, {"file": "cut.png", "captions": ["cut"]}]
+    rows.append({"file": "none.png", "captions": ["none"]})
+    rows.append(rows[0])
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held = [{"image": "same.png", "label": "red"}, {"image": "new.png", "label": "blue"}]
+    Image.new("RGB", (9, 9), "blue").save(tmp_path / "new.png")
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
+    held.append({"image": "cut.png", "label": "red"})
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
+    image = c.ImageTower(c.Vit(image=24, patch=8, width=16, depth=1, heads=2, mlp=32), augment=c.Augment(area=(0.1, 1.0)))
+    which = c.Set(c.File(str(tmp_path / "rows.jsonl")), {"anchor": "captions", "positive": "file"}, several=("anchor",))
+    said = tmp_path / "said.jsonl"
+    said.write_text('{"text": "A  photo 3", "image": "new.png"}\n')
+    columns = {"query": "text", "document": "image"}
+    config = dataclasses.replace(
+        tiny_config,
+        model=c.Model({"text": tiny_config.model.towers["text"], "image": image}, {"anchor": "text", "positive": "image"}),
+        data=c.Data(batch_size=16, sets=(which,)),
+        evaluate=c.Evaluate(
+            tasks=(
+                c.ZeroShot(c.File(str(tmp_path / "held.jsonl")), name="held"),
+                c.ZeroShot(c.File(str(tmp_path / "bad.jsonl")), name="bad"),
+                c.Retrieval(c.File(str(said)), columns, pictures=("document",), name="said"),
+            )
+        ),
+        export=c.Export("none"),
+    )
+    lines = list(survey(config))
+    found = {what.strip(): (finding, well) for what, finding, well in lines if what}
+    assert found["set 'train'"] == ("32 rows", True)
+    assert found["bad rows"] == ("2 (6.2%)", False)
+    assert any("row 30: picture cannot be decoded" in finding for _, finding, _ in lines)
+    assert any("row 31: picture" in finding and "No such file" in finding for _, finding, _ in lines)
+    sides = [min(Image.open(path).size) for path in paths] + [min(Image.open(tmp_path / "same.png").size)]
+    sides.append(sides[0])
+    small = sum(side < 24 for side in sides) / len(sides)
+    told = f"smallest {min(sides)}, largest {max(sides)}; {small:.1%} are below 24 and scaled up"
+    assert found["positive"][0].endswith(told) and not found["positive"][1] and 0 < small < 1
+    assert "tokens" in found["anchor"][0]
+    assert found["repeated rows"][0] == "1 (3.3%) have the texts and pictures of a row before"
+    assert found["repeated positive"][0].startswith("2 (6.7%)") and "anchor = positive" not in found
+    assert found["task 'held' document"] == ("2 pictures; 1 (50.0%) in train positive of them trained on", False)
+    assert "bad.jsonl:3: column 'image': picture cannot be decoded" in found["task 'bad'"][0]
+    told = "1 texts; 1 (100.0%) in train anchor of them trained on"
+    assert found["task 'said' query"] == (told, False), "each of several captions is known"
+    assert found["task 'said' document"] == ("1 pictures; none of them trained on", True)
+    assert any("in train positive: same.png" in finding for _, finding, _ in lines)
+    part = {what.strip(): finding for what, finding, _ in survey(config, limit=5) if what}
+    assert part["set 'train'"] == "32 rows; lengths and sizes are those of 5" and part["bad rows"] == "2 (6.2%)"

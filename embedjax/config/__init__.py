@@ -67,6 +67,7 @@ from embedjax.config.tasks import (
     Sts,
     Task,
     TripletAccuracy,
+    ZeroShot,
 )
 from embedjax.config.towers import Model
 
@@ -158,4 +159,5 @@ __all__ = [
     "VITS",
     "VectorDistillation",
     "Vit",
+    "ZeroShot",
 ]

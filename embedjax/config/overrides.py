@@ -47,14 +47,22 @@ def one_line(arguments: Sequence[str] = (), known: Callable[[], Mapping[str, Any
 def options(kind: Any, default: Any = None) -> dict[str, Any]:
     """Option -> type, FLAG or EMPTY, by the names tyro gives to the arguments of a function or the fields of `default`."""
     hints = typing.get_type_hints(kind, include_extras=True)
+    made = {} if default is not None or not dataclasses.is_dataclass(kind) else _defaults(kind)
+    value = lambda name: made.get(name) if default is None else getattr(default, name, None)
     names = inspect.signature(kind).parameters
-    return {option: found for name in names for option, found in _options(getattr(default, name, None), hints[name], name)}
+    return {option: found for name in names for option, found in _options(value(name), hints[name], name)}
+
+
+def _defaults(kind: Any) -> dict[str, Any]:
+    """Field -> what it is by default, where that is a value of its own."""
+    fields = [field for field in dataclasses.fields(kind) if field.default_factory is not dataclasses.MISSING]
+    return {field.name: field.default_factory() for field in fields}
 
 
 def _options(value: Any, hint: Any, name: str) -> Iterator[tuple[str, Any]]:
     if typing.get_origin(hint) is typing.Annotated:
         hint, *marks = typing.get_args(hint)
-        if marks == list(typing.get_args(tyro.conf.Positional[str])[1:]):
+        if all(mark in marks for mark in typing.get_args(tyro.conf.Positional[str])[1:]):
             yield WORDS, hint
             return
         name = next((mark.name for mark in marks if getattr(mark, "name", None) is not None), name)

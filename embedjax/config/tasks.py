@@ -37,6 +37,11 @@ class Rows:
             raise ConfigError(f"the dims of task {self.name!r} are {self.dims}; each must be at least 1, and there once")
 
     @property
+    def seen(self) -> tuple[bool, ...]:
+        """Of each of its sides whether it is pictures: those of a column `image` in place of `text`, in most tasks."""
+        return ("image" in self.columns,) * len(self.sides)
+
+    @property
     def main_metric(self) -> str:
         """The key of the metric that stands for the task."""
         return f"{self.name}/{self.main}"
@@ -68,17 +73,17 @@ class Retrieval(Rows):
     """Query-document pairs; or, with `corpus`, the judgements."""
     columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"query": "anchor", "document": "positive"})
     """The source's columns for query and document; with `corpus`: query_id, document_id and relevance."""
-    queries: File | None = None
+    queries: Source | None = None
     """Queries, with columns id and text (names in `query_columns`)."""
-    corpus: File | None = None
+    corpus: Source | None = None
     """Documents, with columns id and text (names in `corpus_columns`)."""
     query_columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"id": "_id", "text": "text"})
-    """Columns of `queries`."""
+    """Columns of `queries`; of pictures id and image."""
     corpus_columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"id": "_id", "title": "title", "text": "text"})
-    """Columns of `corpus`; the title, if named, is put before the text. A file or row without "title" has none; one of another
-    name must be there."""
+    """Columns of `corpus`, of pictures id and image; the title, if named, is put before the text. A file or row without "title"
+    has none; one of another name must be there."""
     pictures: tuple[str, ...] = ()
-    """Of query and document those that are pictures (without a corpus)."""
+    """Of query and document those that are pictures."""
     skip_same_id: bool = False
     """Leave out of each query's ranking the document of the same id: queries that are taken from the corpus (ArguAna, Quora, as
     BEIR and mteb score them) would find themselves first."""
@@ -88,6 +93,13 @@ class Retrieval(Rows):
         super().__post_init__()
         if self.skip_same_id and self.corpus is None:
             raise ConfigError(f"task {self.name!r} has skip_same_id, but no corpus; without one there are no ids")
+        if odd := [name for name in self.pictures if name not in self.sides]:
+            raise ConfigError(f"task {self.name!r}: pictures names {odd[0]!r}; it is for query and document")
+
+    @property
+    def seen(self) -> tuple[bool, ...]:
+        """Whether queries are pictures, and documents."""
+        return tuple(side in self.pictures for side in self.sides)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +143,12 @@ class TripletAccuracy(Rows):
 
 @dataclasses.dataclass(frozen=True)
 class Classification(Rows):
-    """Accuracy and macro F1 of a logistic regression on the vectors, a mean over draws of few training rows (as mteb's)."""
+    """Accuracy and macro F1 of a logistic regression on the vectors, a mean over draws of few training rows (as mteb's); the
+    linear probe of pictures, with per_label 0."""
 
     main = "accuracy"
     columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"text": "text", "label": "label"})
-    """The columns for text and label, of both sources."""
+    """The columns for text, or image, and label, of both sources."""
     train: Source = dataclasses.field(default_factory=File)
     """Rows that the classifier learns from; `source` holds those it is tested on."""
     per_label: int = 8
@@ -161,7 +174,7 @@ class KnnClassification(Rows):
 
     main = "accuracy"
     columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"text": "text", "label": "label"})
-    """The columns for text and label, of both sources."""
+    """The columns for text, or image, and label, of both sources."""
     train: Source = dataclasses.field(default_factory=File)
     """Rows whose labels are known; `source` holds those it is tested on."""
     k: int = 5
@@ -175,14 +188,46 @@ class KnnClassification(Rows):
 
 
 @dataclasses.dataclass(frozen=True)
+class ZeroShot(Rows):
+    """Zero-shot classification (Radford et al. 2021, section 3.1): a picture, or text, has the class whose texts are nearest.
+    These are its name in each of the templates; their vectors are scaled to length 1, averaged, and scaled again."""
+
+    main = "top1"
+    sides = ("query", "document")
+    columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"image": "image", "label": "label"})
+    """The source's columns for image, or text, and label."""
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    """Texts with {} for the name of the class."""
+    classes: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Label -> name of the class: the choices; labels of one name are one. Rows may have the name for the label. Without any,
+    the names that the data set has for its numbers (tensorflow-datasets, Hugging Face's Parquet), else all labels that occur,
+    with spaces for their underscores."""
+    name: str = dataclasses.field(default="zero-shot", kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.templates:
+            raise ConfigError(f"task {self.name!r} has no templates; one is a text with {{}} for the name of the class")
+        if odd := [template for template in self.templates if "{}" not in template]:
+            raise ConfigError(f"task {self.name!r}: the template {odd[0]!r} has no {{}} for the name of the class")
+        if len(self.classes) == 1 or not all(label.strip() and name.strip() for label, name in self.classes.items()):
+            raise ConfigError(f"task {self.name!r}: classes must be two or more, of labels and names that are not empty")
+
+    @property
+    def seen(self) -> tuple[bool, ...]:
+        """The texts of the classes are none; what is classified may be pictures."""
+        return False, "image" in self.columns
+
+
+@dataclasses.dataclass(frozen=True)
 class HeadAccuracy(Rows):
     """Accuracy and macro F1 of a class head of the model's own, on single texts or pairs of them. `prompt` is that of the set
     that trained the head, and names its adapter."""
 
     main = "accuracy"
     columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"text": "text", "label": "label"})
-    """The source's columns for text and label; `other` for the second text of a pair. Labels are names or numbers of the head's
-    classes, or lists of them."""
+    """The source's columns for text, or image, and label; `other` for the second text of a pair. Labels are names or numbers of
+    the head's classes, or lists of them."""
     head: str = ""
     """Name of the set that trained the head; empty for the only one."""
     name: str = dataclasses.field(default="head", kw_only=True)
@@ -198,7 +243,7 @@ class Clustering(Rows):
 
     main = "v_measure"
     columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"text": "text", "label": "label"})
-    """The source's columns for text and label."""
+    """The source's columns for text, or image, and label."""
     experiments: int = 10
     """Starts of k-means."""
     seed: int = 42
@@ -230,6 +275,7 @@ Task = (
     | TripletAccuracy
     | Classification
     | KnnClassification
+    | ZeroShot
     | HeadAccuracy
     | Clustering
     | BitextMining

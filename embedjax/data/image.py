@@ -52,8 +52,8 @@ class Images:
         """The shorter side a picture needs in training, so that the smallest random crop is not scaled up."""
         return math.ceil((self.pixels.shorter or self.size) / math.sqrt(self.augment.area[0]))
 
-    def encode(self, pictures: Sequence[Image.Image]) -> dict[str, UInt8[np.ndarray, "N S S 3"]]:
-        """{"pixels"}: the plain fit of each picture."""
+    def encode(self, pictures: Iterable[Image.Image]) -> dict[str, UInt8[np.ndarray, "N S S 3"]]:
+        """{"pixels"}: the plain fit of each picture; of several none is held but the one at work."""
         return {"pixels": self._stack(fit(picture, self.size, self.pixels) for picture in pictures)}
 
     def vary(
@@ -69,10 +69,12 @@ class Images:
 
 
 def read(value: object, root: str = "") -> bytes:
-    """The encoded picture that a source's value stands for: bytes, a path (relative to `root`), or Hugging Face's
-    {"bytes", "path"}. Raises ValueError."""
+    """The encoded picture that a source's value stands for: bytes, a path (relative to `root`), Hugging Face's
+    {"bytes", "path"}, or what has a method `read`, as open files have. Raises ValueError."""
     if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
         value = value.get("bytes") or value.get("path")
+    elif hasattr(value, "read"):
+        value = value.read()
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value)
     if isinstance(value, str) and value:
@@ -101,10 +103,22 @@ def decode(data: bytes, *, least: int = 0) -> Image.Image:
                 if factor <= 0.5:
                     picture.draft("RGB", (math.ceil(width * factor), math.ceil(height * factor)))
             picture.load()
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            upright = ImageOps.exif_transpose(picture)
+            if upright.mode == "P" and "transparency" in upright.info:
+                upright = upright.convert("RGBA")  # the same colours, without Pillow's warning
+            return upright.convert("RGB")
     except ValueError as error:
         raise ValueError(_line(error)) from None
     except Exception as error:  # decoders raise whatever they meet: OSError, SyntaxError, struct.error, MemoryError, ...
+        raise ValueError(f"picture cannot be decoded: {_line(error)}") from None
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """(width, height) as the header of an encoded picture says. Raises ValueError for what is no picture."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            return picture.size
+    except Exception as error:  # as `decode`
         raise ValueError(f"picture cannot be decoded: {_line(error)}") from None
 
 
@@ -150,7 +164,7 @@ def _rectangle(draw: np.random.Generator, width: int, height: int, augment: Augm
     return left, top, left + w, top + h
 
 
-def hash_pictures(datas: Sequence[bytes]) -> UInt32[np.ndarray, "N 2"]:
+def hash_pictures(datas: Iterable[bytes]) -> UInt32[np.ndarray, "N 2"]:
     """blake2b-64 of each encoded picture, low word first, as `columns.hash_texts` does with texts."""
     digests = b"".join(hashlib.blake2b(data, digest_size=8).digest() for data in datas)
     return np.frombuffer(digests, "<u4").reshape(-1, 2).astype(np.uint32)

@@ -27,11 +27,12 @@ class Listing(FileInfo):
 
 
 class Pictures:
-    """Columns `image` (the path), `name` (without ending) and `label` (its folder's name), in the order of the paths."""
+    """Columns `image` (the whole path), `name` (without ending) and `label` (its folder's name), in the order of the paths."""
 
     columns = ("image", "name", "label")
 
     def __init__(self, path: str):
+        path = os.path.expanduser(path)
         self.name = path
         with reading(path):
             if not os.path.isdir(path):
@@ -50,17 +51,18 @@ class Pictures:
         return len(self.found)
 
     def __getitem__(self, index: SupportsIndex, /) -> dict[str, object]:
-        folder, name = os.path.split(self._at(index))
+        folder, name = os.path.split(self.inside(index))
         return {
-            "image": os.path.join(self.name, folder, name),
+            "image": os.path.abspath(os.path.join(self.name, folder, name)),
             "name": os.path.splitext(name)[0],
             "label": os.path.basename(folder or os.path.abspath(self.name)),
         }
 
     def where(self, index: SupportsIndex, /) -> tuple[str, int]:
-        return os.path.join(self.name, self._at(index)), 1
+        return os.path.join(self.name, self.inside(index)), 1
 
-    def _at(self, index: SupportsIndex) -> str:
+    def inside(self, index: SupportsIndex, /) -> str:
+        """The path of picture i below the folder."""
         i = operator.index(index)
         if not 0 <= i < len(self.found):
             raise IndexError(f"{self.name}: picture {i} of {len(self.found)}")
@@ -68,7 +70,8 @@ class Pictures:
 
 
 def _pictures(root: str) -> Iterator[str]:
-    for folder, _, names in os.walk(root):
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if not name.startswith(".")]  # thumbnails, waste
         for name in names:
             if name.rpartition(".")[2].lower() in ENDINGS and not name.startswith("."):
                 yield os.path.relpath(os.path.join(folder, name), root)

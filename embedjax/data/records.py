@@ -3,9 +3,11 @@
 import bisect
 import dataclasses
 import itertools
+import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -71,6 +73,7 @@ class Parquet:
         self.starts = [0, *itertools.accumulate(rows)]
         if not len(self):
             raise DataError(f"{path}: no rows")
+        self.classes = _hub_classes(self.metadata.metadata or {})
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -162,7 +165,7 @@ class JsonRecords:
 
 @dataclasses.dataclass(frozen=True)
 class TfdsShard:
-    """Rows `skip` to `skip + take` of a file of tensorflow-datasets, decoded by the data set's features."""
+    """Rows `skip` to `skip + take` of a file of tensorflow-datasets, decoded by the data set's features, but for pictures."""
 
     path: str
     columns: tuple[str, ...]
@@ -170,6 +173,10 @@ class TfdsShard:
     features: object
     skip: int
     take: int
+    pictures: frozenset[str] = frozenset()
+    """Columns of pictures."""
+    classes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Column -> the names of its classes."""
 
     def __len__(self) -> int:
         return self.take
@@ -177,9 +184,18 @@ class TfdsShard:
     def __getitem__(self, i: int) -> dict[str, object]:
         raw = self.read(self.skip + i)
         try:
-            return {name: _plain(value) for name, value in self.features.deserialize_example_np(raw).items()}  # pyright: ignore
+            found = self._decoded(raw)
+            return {name: value if name in self.pictures else _plain(value) for name, value in found.items()}
         except Exception as e:  # features raise whatever their decoders do
             raise BadRow(self.path, self.place(i), f"cannot be decoded: {_line(e)}") from None
+
+    def _decoded(self, raw: bytes) -> dict[str, object]:
+        features: Any = self.features
+        if not self.pictures:
+            return features.deserialize_example_np(raw)
+        from tensorflow_datasets.core.decode import SkipDecoding
+
+        return features.deserialize_example_np(raw, decoders={name: SkipDecoding() for name in self.pictures})
 
     def place(self, i: int) -> int:
         return self.skip + i + 1
@@ -199,11 +215,31 @@ def open_tfds(source: Tfds) -> list[TfdsShard]:
     if kind not in openers:
         raise DataError(f"{name}: prepared as {kind}; prepare it with file_format array_record or parquet")
     columns = tuple(info.features)  # pyright: ignore[reportArgumentType]
+    pictures, classes = _tfds_kinds(info.features)
     shards = []
     for step in instructions:
         path, take = os.fspath(step.filename), step.examples_in_shard - step.skip if step.take < 0 else step.take
-        shards.append(TfdsShard(path, columns, openers[kind](path), info.features, step.skip, take))
+        shards.append(TfdsShard(path, columns, openers[kind](path), info.features, step.skip, take, pictures, classes))
     return shards
+
+
+def _tfds_kinds(features: Any) -> tuple[frozenset[str], dict[str, tuple[str, ...]]]:
+    """The columns of pictures, and the names of classes by column."""
+    from tensorflow_datasets.core.features import ClassLabel, Image
+
+    pictures = frozenset(name for name, feature in features.items() if isinstance(feature, Image))
+    labels = {name: feature for name, feature in features.items() if isinstance(feature, ClassLabel)}
+    return pictures, {name: tuple(feature.names) for name, feature in labels.items() if feature.names}
+
+
+def _hub_classes(metadata: Mapping[bytes, bytes]) -> dict[str, tuple[str, ...]]:
+    """Column -> the names of its classes, as Hugging Face's datasets note them in a Parquet file."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        labels = {name: kind["names"] for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
+        return {name: tuple(map(str, names)) for name, names in labels.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}  # a note that is not there, or not of this form, is none
 
 
 def _parquet_bytes(path: str, cache: RowGroups) -> Callable[[int], bytes]:

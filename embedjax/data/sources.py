@@ -5,28 +5,31 @@ len(source), source[3], source.columns, source.where(3)
 """
 
 import bisect
+import glob
 import itertools
 import operator
+import os
 import re
 from collections.abc import Sequence
 from typing import Protocol, SupportsIndex, runtime_checkable
 
 from embedjax import config
 from embedjax.config.errors import ConfigError, DataError, nearest
-from embedjax.data.files import FileInfo, expand, file_info
+from embedjax.data.files import FileInfo, expand, file_info, is_remote
 from embedjax.data.pictures import Pictures
 from embedjax.data.records import JsonRecords, Parquet, RowGroups, open_tfds
 from embedjax.data.rows import BadRow, Part
 from embedjax.data.shards import open_shards
 from embedjax.data.tables import JsonLines, PlainText, Table
 
-__all__ = ["BadRow", "FileInfo", "Files", "Source", "manifest", "open_source", "select"]
+__all__ = ["BadRow", "FileInfo", "Files", "Source", "class_names", "manifest", "open_source", "select", "source_of"]
 
 ENDINGS = {
     "tsv": "tsv", "tab": "tsv", "csv": "csv", "jsonl": "jsonl", "ndjson": "jsonl", "txt": "text", "text": "text",
     "parquet": "parquet", "arrayrecord": "arrayrecord", "array_record": "arrayrecord",
 }  # fmt: skip
 SHARD = re.compile(r"-\d+-of-\d+$")
+ARCHIVE = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz)$")
 
 
 @runtime_checkable
@@ -59,8 +62,9 @@ class Source(Protocol):
 class Files:
     """The rows of one or more files, one after the other, as a Source."""
 
-    def __init__(self, name: str, parts: Sequence[Part]):
+    def __init__(self, name: str, parts: Sequence[Part], root: str = ""):
         self.name, self.parts = name, tuple(parts)
+        self.root = root  # of the paths of pictures in its rows; "" for the folder of each file
         self.ends = list(itertools.accumulate(map(len, self.parts)))
         self.columns = self.parts[0].columns
         self.files = tuple(file_info(part.path, len(part)) for part in self.parts)
@@ -84,11 +88,29 @@ class Files:
         return self.parts[n], i - (self.ends[n - 1] if n else 0)
 
 
+def source_of(path: str, names: tuple[str, ...] = ()) -> config.Source:
+    """What a path on a command line means: tar archives, a folder of them, a folder of pictures (at any depth, without Parquet
+    files), else a file or files. `names` are the columns of a table without header row."""
+    folder = "" if is_remote(path) else os.path.expanduser(path)
+    if ARCHIVE.search(path) or (os.path.isdir(folder) and glob.glob("*.tar", root_dir=folder)):
+        return config.Tar(path)
+    if os.path.isdir(folder) and not any(glob.iglob("**/*.parquet", root_dir=folder, recursive=True)):
+        return config.Pictures(path)
+    return config.File(path, names=names)
+
+
+def class_names(source: Source, column: str) -> tuple[str, ...]:
+    """The names of a column's numbered classes, where the data set says them: tensorflow-datasets and Parquet files of Hugging
+    Face datasets do."""
+    part = next(iter(getattr(source, "parts", ())), None)
+    return getattr(part, "classes", {}).get(column, ())
+
+
 def open_source(source: config.Source) -> Source:
     """Open what a config names. DataError for what is missing, empty or corrupt; ConfigError for a wrong setting."""
     match source:
         case config.File():
-            return Files(source.path, _open_files(source))
+            return Files(source.path, _open_files(source), source.root)
         case config.Pictures():
             return Pictures(source.path)
         case config.Tar():

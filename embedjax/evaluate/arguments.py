@@ -1,18 +1,25 @@
-"""The command line of `embedjax evaluate` -> (model, task). Reads no data and imports no jax."""
+"""The command line of `embedjax evaluate` -> (model, task). Reads names of classes and templates, no data; imports no jax."""
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import tyro
 
 from embedjax import config
-from embedjax.config import File, Task
-from embedjax.config.errors import ConfigError, nearest
+from embedjax.config import Pictures, Source, Tar, Task, overrides
+from embedjax.config.errors import ConfigError, DataError, nearest
+from embedjax.data.sources import open_source, source_of
+from embedjax.evaluate.rows import key_at, text_at
 
 KINDS: dict[str, type[Task]] = {kind().name: kind for kind in get_args(Task)}
 PAIRED = {"query": "query", "document": "document"}
 JUDGED = {"query_id": "query-id", "document_id": "corpus-id", "relevance": "score"}
+SEEN = {Pictures: {"id": "name", "image": "image"}, Tar: {"id": "key", "image": "image"}}
+"""The columns of queries or documents that are pictures, in a folder and in archives; else _id and image."""
+LABELLED = {Pictures: {"image": "image", "label": "label"}, Tar: {"image": "image", "label": "cls"}}
+"""What is classified in a folder of pictures, whose folders are the labels, and in webdataset's archives."""
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Task]:
@@ -36,6 +43,9 @@ def parse(arguments: Sequence[str]) -> tuple[str, Task]:
         corpus: str = "",
         query_columns: str = "",
         corpus_columns: str = "",
+        pictures: str = "",
+        templates: tuple[str, ...] = (),
+        classes: str = "",
         skip_same_id: bool = config.Retrieval.skip_same_id,
     ) -> tuple:
         """Scores a model.
@@ -43,32 +53,41 @@ def parse(arguments: Sequence[str]) -> tuple[str, Task]:
         Args:
             model: Run folder, exported folder, Hugging Face or sentence-transformers folder, or hub id.
             task: sts (correlation with scored pairs), retrieval (each query's documents among all), reranking (among its own
-                candidates), pairs (do two texts belong together), triplets, classification (logistic regression), knn,
-                head (the model's own class head), clustering (k-means) or bitext (translations).
+                candidates), pairs (do two texts belong together), triplets, classification (logistic regression; with
+                --per-label 0 the linear probe), knn, zero-shot (by the names of the classes), head (the model's own class
+                head), clustering (k-means) or bitext (translations).
             data: File of rows: of scored or labelled pairs, of query-document pairs or (with --corpus) judgements, of
-                triplets, or of labelled texts.
+                triplets, or of labelled texts or pictures; or a folder of pictures, labelled by the folders they lie in, or
+                webdataset's tar archives, labelled by cls.
             columns: Ours=theirs, comma-separated, where they differ. Ours: a,b,score (sts); query,document (retrieval; with
                 --corpus query_id,document_id,relevance); query,positive,negative (reranking); a,b,label (pairs);
-                anchor,positive,negative (triplets); text,label (classification, knn, clustering, and head, which has other for
-                the second text of pairs); source,target (bitext).
+                anchor,positive,negative (triplets); text,label or, of pictures, image,label (classification, knn, zero-shot,
+                clustering, and head, which has other for the second text of pairs); source,target (bitext).
             names: Comma-separated column names of CSV or TSV files without a header row.
             dims: Prefixes of the vectors to score as well, such as 256,64.
             limit: At most so many rows; 0 for all.
             prompt: Name of the model's prompt or adapter to encode with; without it those of queries and documents are used for
                 them, where the model has such.
-            train: classification, knn: file of labelled texts to learn from, with the same columns.
+            train: classification, knn: labelled texts or pictures to learn from, with the same columns.
             per_label: classification: training rows of each label in each of ten draws; 0 for all rows, once.
-            k: knn: nearest texts that vote.
+            k: knn: nearest texts or pictures that vote.
             positive: pairs: the label of pairs that belong together.
             head: head: name of the set that trained it, where the model has several.
-            queries: retrieval, with --corpus: file of queries (columns _id, text).
-            corpus: retrieval: file of documents (columns _id, text and, if there is one, title).
+            queries: retrieval, with --corpus: file of queries (columns _id, text; of pictures _id, image).
+            corpus: retrieval: file of documents (columns _id, text and, if there is one, title; of pictures _id, image).
             query_columns: retrieval: columns of --queries where they differ, such as id=qid.
             corpus_columns: retrieval: columns of --corpus where they differ, such as id=docid,title=headline,text=body.
+            pictures: retrieval: which are pictures: query, document or query,document.
+            templates: zero-shot: texts with {} for the name of the class, such as "a photo of a {}.", or files of one a line.
+            classes: zero-shot: names of the classes, comma-separated, or a file: of lines, or a table of label and name. Labels
+                are the names or, of lines and commas, their numbers from 0. Without it all labels that occur.
             skip_same_id: retrieval: no query finds the document of its own id (ArguAna, Quora, as BEIR and mteb have them).
         """
-        given = {name: File(path) for name, path in (("queries", queries), ("corpus", corpus)) if path}
-        given |= {"train": File(train, names=_listed(names))} if train else {}
+        given: dict[str, Any] = {name: source_of(path) for name, path in (("queries", queries), ("corpus", corpus)) if path}
+        given |= {"train": source_of(train, _listed(names))} if train else {}
+        given |= {"pictures": _listed(pictures)} if pictures else {}
+        given |= {"templates": _templates(templates)} if templates else {}
+        given |= {"classes": _classes(classes)} if classes else {}
         chosen = (
             (config.Classification, "per_label", per_label),
             (config.KnnClassification, "k", k),
@@ -79,11 +98,11 @@ def parse(arguments: Sequence[str]) -> tuple[str, Task]:
         given |= {name: value for kind, name, value in chosen if value != getattr(kind, name)}
         for name, text in (("query_columns", query_columns), ("corpus_columns", corpus_columns)):
             given |= {name: _pairs(text, name)} if text else {}
-        source = File(data, names=_listed(names))
+        source = source_of(data, _listed(names))
         fields = dict(source=source, columns=_pairs(columns), limit=limit, prompt=prompt, dims=_numbers(dims))
         return model, task, fields | given
 
-    model, kind, fields = tyro.cli(command, args=arguments, prog="embedjax evaluate")
+    model, kind, fields = overrides.parse(command, arguments, prog="embedjax evaluate")
     return model, _task(kind, fields)
 
 
@@ -104,11 +123,62 @@ def _task(name: str, fields: dict[str, Any]) -> Task:
         for key in ("query_columns", "corpus_columns"):
             if key in fields and "corpus" not in fields:
                 raise ConfigError(f"--{key.replace('_', '-')} is for a file of --queries and one of --corpus")
-            fields[key] = getattr(kind(), key) | fields.get(key, {})
+            seen = {"query_columns": "query", "corpus_columns": "document"}[key] in fields.get("pictures", ())
+            source = fields.get({"query_columns": "queries", "corpus_columns": "corpus"}[key])
+            usual = SEEN.get(type(source), {"id": "_id", "image": "image"}) if seen and source else getattr(kind(), key)
+            fields[key] = usual | fields.get(key, {})
         fields["columns"] = fields["columns"] or (JUDGED if "corpus" in fields else PAIRED)
     else:
-        fields["columns"] = kind().columns | fields["columns"]
+        fields["columns"] = _columns(kind, fields["source"], fields["columns"])
     return kind(**fields)
+
+
+def _columns(kind: type[Task], source: Source, given: dict[str, str]) -> dict[str, str]:
+    """The columns given, and for the others what the source or the task has by default: pictures for texts where these are
+    given."""
+    usual = kind().columns
+    if {"text", "image"} & usual.keys():
+        usual = LABELLED.get(type(source), usual)
+        for one, other in (("image", "text"), ("text", "image")):
+            if one in given and other not in given:
+                usual = {ours: theirs for ours, theirs in usual.items() if ours != other}
+    return usual | given
+
+
+def _templates(given: Sequence[str]) -> tuple[str, ...]:
+    """The templates, and the lines of those words that name a file instead."""
+    found: list[str] = []
+    for word in given:
+        if "{}" not in word and Path(word).is_file():
+            found += [line for line in _lines(Path(word)) if line.strip()]
+        else:
+            found.append(word)
+    return tuple(found)
+
+
+def _classes(given: str) -> dict[str, str]:
+    """Label -> name of `name,name`, whose labels are their numbers, or of a file: of lines, or a table of label and name."""
+    if not Path(given).is_file():
+        if "," not in given:
+            raise ConfigError(f"--classes is {given!r}: no such file, nor names with commas between them")
+        return _numbered([name.strip() for name in given.split(",")])
+    if Path(given).suffix in (".txt", ".text", ""):
+        return _numbered([line.strip() for line in _lines(Path(given)) if line.strip()])
+    table = open_source(source_of(given))
+    if missing := [name for name in ("label", "name") if name not in table.columns]:
+        raise DataError(f"{given}: names of classes are in the columns label and name; {missing[0]!r} is not there")
+    return {key_at(table, row, "label"): text_at(table, row, "name").strip() for row in range(len(table))}
+
+
+def _numbered(names: Sequence[str]) -> dict[str, str]:
+    return {str(number): name for number, name in enumerate(names)}
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
 
 
 def _pairs(text: str, option: str = "columns") -> dict[str, str]:

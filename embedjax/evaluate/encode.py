@@ -1,4 +1,4 @@
-"""Texts -> vectors on the mesh: tokens sorted by length into a few compiled shapes, dispatched ahead of the device.
+"""Texts or pictures -> vectors on the mesh: tokens sorted by length into a few compiled shapes, dispatched ahead of the device.
 
 Reads and writes no files (`files.py` does) and knows nothing of what the vectors are for.
 """
@@ -6,6 +6,7 @@ Reads and writes no files (`files.py` does) and knows nothing of what the vector
 import collections
 import functools
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from PIL import Image
 from embedjax import config, sharding
 from embedjax.config.errors import ConfigError, DataError, NonFiniteError, nearest
 from embedjax.config.model import TEXTS
-from embedjax.data.image import decode, read
+from embedjax.evaluate.pictures import decoded
 from embedjax.load import Model, make_images, plain_params
 from embedjax.models.embedder import Embedder
 from embedjax.models.image import ImageEmbedder
@@ -28,8 +29,8 @@ from embedjax.models.image import ImageEmbedder
 Columns = dict[str, np.ndarray]
 T = TypeVar("T")
 
-# What a text may be to a model: one on its own, a query or document, or a text of a training column.
-COLUMNS = ("text", *config.ROLES, *TEXTS)
+# What an input may be to a model: a text or picture on its own, a query or document, or one of a training column.
+COLUMNS = ("text", "image", *config.ROLES, *TEXTS)
 
 # Tokens of a device's batch. A CPU's caches want it small, an accelerator's matrix units large.
 TOKENS_PER_BATCH = {"cpu": 2048}
@@ -38,9 +39,10 @@ TOKENS_PER_BATCH_ACCELERATOR = 65536
 IN_FLIGHT = 4
 # Numbers of a block of padded token ids on the host.
 BLOCK_TOKENS = 1 << 22
-# Pixels of a block of pictures on the host, and the threads that decode them: Pillow lets go of Python's lock.
+# Pixels of a block of pictures on the host, and the threads that decode them: Pillow lets go of Python's lock. Each may hold a
+# picture of 75 MB, the largest that is decoded.
 BLOCK_PIXELS = 1 << 24
-DECODERS = 4
+DECODERS = min(16, max(4, os.cpu_count() or 1))
 
 
 def encode(
@@ -54,18 +56,18 @@ def encode(
     tokens_per_batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Float[np.ndarray, "N E"]:
-    """One vector a text, in the texts' order, float32; or a picture (bytes or a path), where the column's tower takes those.
+    """One vector a text, in the texts' order, float32; or a picture, where the column's tower takes those (`encode_images`).
 
     `column` is "query" or "document" for the two sides of a search, each with its tower and its prompt where the model has
     such. A "text" on its own, or of a training column such as "anchor", has the default prompt alone, as in
-    sentence-transformers' `encode`; of two towers that of its side. `prompt` names another of the tower's prompts; `task` a
-    prompt (NAME-query or NAME-document for its side, else NAME), an adapter or both of a name. `tokens_per_batch` is meant for
-    each device, `progress(done, total)` is called as rows arrive. Without a mesh the rows follow the parameters: over the mesh
-    they are on, else on one device.
+    sentence-transformers' `encode`; of two towers that of its side. Of a tower of texts and one of pictures "text" and "image"
+    mean either. `prompt` names another of the tower's prompts; `task` a prompt (NAME-query or NAME-document for its side, else
+    NAME), an adapter or both of a name. `tokens_per_batch` is meant for each device, `progress(done, total)` is called as rows
+    arrive. Without a mesh the rows follow the parameters: over the mesh they are on, else on one device.
     Raises ConfigError for an unknown column, prompt or task, NonFiniteError for a vector that is not finite.
     """
-    if isinstance(texts, str):
-        raise ConfigError("encode takes a list of texts, not one string; write [text]")
+    if isinstance(texts, str | bytes | os.PathLike):
+        raise ConfigError("encode takes a list of texts or pictures, not one; write [text]")
     encoder = encoder_of(model, column=column, prompt=prompt, task=task, mesh=mesh, tokens_per_batch=tokens_per_batch)
     starts = range(0, len(texts), encoder.block)
     blocks = (encoder.tokenize(texts[start : start + encoder.block]) for start in starts)
@@ -74,6 +76,23 @@ def encode(
     for start, vectors in zip(starts, encoder.stream(blocks, progress=report), strict=True):
         out[start : start + len(vectors)] = vectors
     return out
+
+
+def encode_images(
+    model: Model,
+    pictures: Sequence[Any],
+    *,
+    task: str | None = None,
+    mesh: DeviceMesh | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float[np.ndarray, "N E"]:
+    """One vector a picture, in their order, float32. Pictures are paths, the bytes of JPEG, PNG, WebP, GIF or BMP files,
+    Hugging Face's {"bytes", "path"}, or Pillow's; each is cut and scaled as the model's folder says, in threads.
+
+    `task` names an adapter. Raises DataError for a picture that is damaged or above 25 million pixels, ConfigError for a model
+    without an image tower.
+    """
+    return encode(model, pictures, column="image", task=task, mesh=mesh, progress=progress)
 
 
 class Encoder:
@@ -173,7 +192,7 @@ class Encoder:
 
 
 class PictureEncoder(Encoder):
-    """An image tower of a model on a mesh, for any number of blocks of pictures: their bytes, or paths."""
+    """An image tower of a model on a mesh, for any number of blocks of pictures."""
 
     def _reads(self, model: Model, tower: str) -> None:
         found = model.config.towers[tower]
@@ -187,15 +206,27 @@ class PictureEncoder(Encoder):
         """What decides the pixels of a picture."""
         return (self.images.size, self.images.pixels)
 
-    def tokenize(self, texts: Sequence[Any]) -> Columns:
-        """At most `block` pictures as pixels `[N S S 3]`, decoded in threads. Raises DataError for one that cannot be."""
+    def tokenize(self, texts: Sequence[Any], bad: dict[int, str] | None = None) -> Columns:
+        """At most `block` pictures as pixels `[N S S 3]`, decoded in threads, each of which holds one. Raises DataError for a
+        picture that cannot be decoded; or, with `bad`, notes there which and why, and leaves it black."""
+
+        def square(at: int) -> np.ndarray:
+            try:
+                return self.images.encode([_decoded(texts[at])])["pixels"]
+            except DataError as error:
+                if bad is None:
+                    raise
+                bad[at] = str(error)
+                return np.zeros((1, self.images.size, self.images.size, 3), np.uint8)
+
         with ThreadPoolExecutor(DECODERS) as pool:
-            return self.images.encode(list(pool.map(_decoded, texts)))
+            return {"pixels": np.concatenate([*pool.map(square, range(len(texts))), self.images.encode([])["pixels"]])}
 
     def _batches(self, columns: Columns) -> Iterator[tuple[np.ndarray, Columns]]:
-        pixels, size = columns["pixels"], self.rows * self.mesh.size
-        while size > self.mesh.size and len(pixels) <= size // 2:
-            size //= 2
+        pixels, each = columns["pixels"], self.rows
+        while each > 1 and len(pixels) <= each // 2 * self.mesh.size:
+            each //= 2
+        size = each * self.mesh.size
         for start in range(0, len(pixels), size):
             part = pixels[start : start + size]
             missing = [(0, size - len(part)), *[(0, 0)] * 3]
@@ -203,18 +234,35 @@ class PictureEncoder(Encoder):
 
 
 def encoder_of(model: Model, *, column: str = "text", **options: Any) -> Encoder:
-    """The encoder of a column's tower, of texts or of pictures."""
+    """The encoder of a column's tower, of texts or of pictures. Raises ConfigError where there is no such tower."""
     if column not in COLUMNS:
         raise ConfigError(f"there is no column {column!r} of texts; {nearest(column, COLUMNS)}")
+    if column == "image" or (column == "text" and len(model.config.encoders) > 1):
+        column = side_of(model.config, column, column == "image")
     pictures = isinstance(model.config.towers[model.config.tower_of(column)], config.ImageTower)
     return (PictureEncoder if pictures else Encoder)(model, column=column, **options)
 
 
+def side_of(model: config.Model, column: str, pictures: bool) -> str:
+    """The column of `model` to encode texts, or pictures, as: the one named where its tower takes those, else the side of a
+    search whose tower does. Raises ConfigError for a model without such a tower, or one that has two for a plain text."""
+    kind = config.ImageTower if pictures else config.Tower
+    roles = [role for role in config.ROLES if isinstance(model.towers[model.tower_of(role)], kind)]
+    if not roles:
+        raise ConfigError(f"the model has no tower that takes {'pictures' if pictures else 'texts'}")
+    if column not in ("text", "image"):
+        return column if isinstance(model.towers[model.tower_of(column)], kind) else roles[0]
+    if len(roles) == 1:
+        return roles[0]
+    model.tower_of(column)  # raises where there are two
+    return column
+
+
 def _decoded(picture: Any) -> Image.Image:
     try:
-        return decode(read(picture))
+        return decoded(picture)
     except ValueError as error:
-        named = f"{picture}: " if isinstance(picture, str) else ""
+        named = f"{picture}: " if isinstance(picture, str | os.PathLike) else ""
         raise DataError(f"{named}{error}") from None
 
 

@@ -1,5 +1,6 @@
-"""A file of texts -> a file of vectors, in bounded memory, a block of rows at a time, resumable after any interruption."""
+"""Files of texts or pictures -> a file of vectors, in bounded memory, a block of rows at a time, resumable after any kill."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -12,11 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jax.sharding import Mesh as DeviceMesh
 
-from embedjax.config import File
+from embedjax.config import ImageTower
 from embedjax.config.errors import ConfigError, StorageError
-from embedjax.data.sources import Source, open_source
-from embedjax.evaluate.encode import Encoder, fingerprint
-from embedjax.evaluate.rows import text_column, texts_of
+from embedjax.data.pictures import Pictures
+from embedjax.data.sources import Source, open_source, source_of
+from embedjax.evaluate.encode import encoder_of, fingerprint, side_of
+from embedjax.evaluate.pictures import Stored, files_key, holds_pictures
+from embedjax.evaluate.rows import column_of, texts_of
 from embedjax.load import Model
 
 
@@ -33,49 +36,83 @@ def encode_file(
     block: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Writes one vector a row of `input` to `output`: .npy `[N E]` float32, or .parquet with the texts and `embedding`.
+    """Writes one vector a row of `input` to `output`: .npy `[N E]` float32, or .parquet with the texts (of pictures the paths,
+    or names) and `embedding`.
 
-    `column` is the input's column of texts, `as_column` what they are to the model, as `encode` has it: by default
-    "text", or of two towers "query" for a column called so or "anchor", else "document". `task` names a prompt, an adapter or
-    both. Finished blocks of rows wait in OUTPUT.partial, described by OUTPUT.partial.json: the same call after a kill or an
-    error goes on from there. Returns the number of rows. Raises DataError for the first row that is no text (finished blocks
-    stay), StorageError for a file that cannot be written, ConfigError for wrong arguments or the partial output of another
-    call.
+    `input` is a table, a folder of pictures (its rows in the order of their paths) or tar archives. `column` is its column of
+    texts or pictures, `as_column` what they are to the model, as `encode` has it: by default what `Input.of` finds. `task`
+    names a prompt, an adapter or both. Finished blocks of rows wait in OUTPUT.partial, described by OUTPUT.partial.json: the
+    same call after a kill or an error goes on from there. Returns the number of rows. Raises DataError for the first row that
+    is no text, or no whole picture (finished blocks stay), StorageError for a file that cannot be written, ConfigError for
+    wrong arguments or the partial output of another call.
     """
     output = Path(output)
     if output.suffix not in FINISH:
         raise ConfigError(f"{output}: the output is told by its ending, {' or '.join(FINISH)}")
     if jax.process_count() > 1:
         raise ConfigError(f"encoding to a file runs in one process; {jax.process_count()} are running")
-    source = open_source(File(path=str(input)))
-    column = text_column(source, column)
-    as_column = as_column or _kind(model, column)
-    encoder = Encoder(model, column=as_column, task=task, mesh=mesh, tokens_per_batch=tokens_per_batch)
+    rows = Input.of(model, open_source(source_of(str(input))), column, as_column)
+    encoder = encoder_of(model, column=rows.side, task=task, mesh=mesh, tokens_per_batch=tokens_per_batch)
     # A block is lost with a kill, so it is small where encoding is slow.
     block = block or min(encoder.block, 2 * encoder.tokens)
-    stamp = _stamp(model, source, column=column, as_column=as_column, task=task, width=encoder.width)
-    partial = Partial(output, stamp, (len(source), encoder.width))
+    stamp = _stamp(model, rows, task=task, width=encoder.width)
+    count = len(rows.source)
+    partial = Partial(output, stamp, (count, encoder.width))
     try:
         start = partial.open()
-        progress(start, len(source))
-        starts = range(start, len(source), block)
-        blocks = (encoder.tokenize(list(texts_of(source, column, at, min(at + block, len(source))))) for at in starts)
-        for vectors in encoder.stream(blocks, progress=lambda done: progress(start + done, len(source))):
+        progress(start, count)
+        blocks = (encoder.tokenize(rows.part(at, min(at + block, count))) for at in range(start, count, block))
+        for vectors in encoder.stream(blocks, progress=lambda done: progress(start + done, count)):
             partial.append(vectors)
         partial.close()
-        FINISH[output.suffix](partial.path, output, source, column, block)
+        FINISH[output.suffix](partial.path, output, rows, block)
         partial.remove()
     except OSError as error:
         raise StorageError(f"{error.filename or output}: {error.strerror or error}") from error
     finally:
         partial.close()
-    return len(source)
+    return count
 
 
-def _kind(model: Model, column: str) -> str:
-    if len(model.config.encoders) == 1:
-        return "text"
-    return "query" if column in ("query", "anchor") else "document"
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """The column of a source that is encoded, whether it holds pictures, and what it is to the model."""
+
+    source: Source
+    column: str
+    pictures: bool
+    side: str
+
+    @classmethod
+    def of(cls, model: Model, source: Source, column: str | None, side: str | None) -> "Input":
+        """The column asked for, else `text` or `image`, whichever is there first, or the only one.
+
+        Of a model of pictures and texts its image tower takes a column of bytes, or of names of picture files, and its text
+        tower any other, unless `side` says "image", "text", "query" or "document". Of two towers of texts a column called query
+        or anchor is the query's, else the document's. Raises ConfigError for what the model has no tower for.
+        """
+        towers = [isinstance(model.config.towers[name], ImageTower) for name in model.config.encoders]
+        pictures: bool | None = {"image": True, "text": False}.get(side or "", True if all(towers) else None)
+        if side not in (None, "image", "text"):
+            pictures = isinstance(model.config.towers[model.config.tower_of(side)], ImageTower)
+        column = column_of(source, column, ("image",) if pictures else ("text", "image"))
+        if pictures is None:
+            pictures = isinstance(source, Pictures) or (any(towers) and holds_pictures(source, column))
+        if side is None and not any(towers) and not pictures and len(towers) > 1:
+            side = "query" if column in ("query", "anchor") else "document"
+        if side in (None, "image", "text"):
+            side = side_of(model.config, "image" if pictures else "text", pictures)
+        return cls(source, column, pictures, side)
+
+    def part(self, start: int, stop: int) -> list[str] | list[Stored]:
+        """The texts or pictures of some rows. Raises BadRow for what is no text; pictures are read later."""
+        if self.pictures:
+            return [Stored(self.source, row, self.column) for row in range(start, stop)]
+        return list(texts_of(self.source, self.column, start, stop))
+
+    def names(self, start: int, stop: int) -> list[str]:
+        """What stands beside the vectors of some rows: the texts, or what the pictures are called."""
+        return [item.name if isinstance(item, Stored) else item for item in self.part(start, stop)]
 
 
 class Partial:
@@ -122,9 +159,13 @@ class Partial:
         self.state.unlink(missing_ok=True)
 
 
-def _stamp(model: Model, source: Source, **said: Any) -> dict[str, Any]:
+def _stamp(model: Model, rows: Input, **said: Any) -> dict[str, Any]:
+    source = rows.source
     files = [{"bytes": info.size, "sha256": info.sha256} for info in source.files]
-    return {"model": fingerprint(model, said["as_column"]), "input": files, "rows": len(source), **said}
+    told = {"model": fingerprint(model, rows.side), "input": files, "rows": len(source)}
+    if rows.pictures:
+        told["pictures"] = files_key(source, rows.part(0, len(source)))
+    return {**told, "column": rows.column, "as_column": rows.side, **said}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -136,21 +177,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _finish_npy(partial: Path, output: Path, source: Source, column: str, block: int) -> None:
+def _finish_npy(partial: Path, output: Path, rows: Input, block: int) -> None:
     os.replace(partial, output)
 
 
-def _finish_parquet(partial: Path, output: Path, source: Source, column: str, block: int) -> None:
-    """Copies the vectors, beside the texts, into row groups of one block each."""
+def _finish_parquet(partial: Path, output: Path, rows: Input, block: int) -> None:
+    """Copies the vectors, beside the texts or the names of the pictures, into row groups of one block each."""
     vectors = np.load(partial, mmap_mode="r")
     width = vectors.shape[1]
-    schema = pa.schema([(column, pa.string()), ("embedding", pa.list_(pa.float32(), width))])
+    schema = pa.schema([(rows.column, pa.string()), ("embedding", pa.list_(pa.float32(), width))])
     new = Path(f"{partial}.new")
     with pq.ParquetWriter(new, schema) as writer:
-        for at in range(0, len(source), block):
+        for at in range(0, len(vectors), block):
             part = np.ascontiguousarray(vectors[at : at + block])
             embedding = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), width)
-            texts = pa.array(list(texts_of(source, column, at, at + len(part))), pa.string())
+            texts = pa.array(rows.names(at, at + len(part)), pa.string())
             writer.write_table(pa.Table.from_arrays([texts, embedding], schema=schema), row_group_size=block)
     os.replace(new, output)
 

@@ -1,23 +1,25 @@
 """Rows of a source as checked values: what an evaluation or an encoding may not pass over is told with its file and row."""
 
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from embedjax.config.errors import ConfigError, DataError, nearest
 from embedjax.data.sources import BadRow, Source
 
 
-def text_column(source: Source, column: str | None) -> str:
-    """The column of texts: the one asked for, else `text`, else the only one. Raises ConfigError, DataError."""
+def column_of(source: Source, column: str | None, usual: Sequence[str] = ("text",)) -> str:
+    """The column to encode: the one asked for, else the first of the usual ones that is there, else the only one. Raises
+    ConfigError, DataError."""
     if column is not None:
         if column not in source.columns:
             hint = nearest(column, source.columns)
             raise DataError(f"{source.name} has no column {column!r}; found: {', '.join(source.columns)} ({hint})")
         return column
-    if "text" in source.columns or len(source.columns) == 1:
-        return "text" if "text" in source.columns else source.columns[0]
-    raise ConfigError(f"{source.name} has the columns {', '.join(source.columns)}; say which holds the texts (--column)")
+    found = [name for name in usual if name in source.columns] or list(source.columns)
+    if len(source.columns) > 1 and found[0] not in usual:
+        held = "pictures" if usual[0] == "image" else "texts"
+        raise ConfigError(f"{source.name} has the columns {', '.join(source.columns)}; say which holds the {held} (--column)")
+    return found[0]
 
 
 def text_at(source: Source, row: int, column: str) -> str:
@@ -81,13 +83,3 @@ def number_at(source: Source, row: int, column: str) -> float:
 def texts_of(source: Source, column: str, start: int = 0, stop: int | None = None) -> Iterator[str]:
     """The texts of some rows, none empty. Raises BadRow."""
     return (text_at(source, row, column) for row in range(start, len(source) if stop is None else stop))
-
-
-def picture_at(source: Source, row: int, column: str) -> str | bytes:
-    """The picture of one row, as its bytes or its path: relative ones are in the folder of the source's file."""
-    value = source[row].get(column)
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if not isinstance(value, (str, bytes)) or not value:
-        raise DataError(f"{':'.join(map(str, source.where(row)))}: column {column!r} is {type(value).__name__}, not a picture")
-    return value if isinstance(value, bytes) else os.path.join(os.path.dirname(source.where(row)[0]), value)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from embedjax.config import File, Negatives
+from embedjax.config import File, Negatives, overrides
 from embedjax.config.errors import ConfigError
 
 Named = Annotated[
@@ -66,7 +66,7 @@ class Arguments:
 
 def parse(arguments: Sequence[str]) -> Arguments:
     """The command line, read. Raises ConfigError for options that do not go together."""
-    made = tyro.cli(Arguments, args=arguments, prog="embedjax mine")
+    made = overrides.parse(Arguments, arguments, prog="embedjax mine")
     if made.teacher and made.cross_encoder:
         raise ConfigError("--teacher and --cross-encoder both give the scores; choose one")
     if made.teacher_task and not made.teacher:

@@ -52,6 +52,13 @@ def test_every_format_becomes_rgb(kind):
         np.testing.assert_array_equal(np.asarray(found), np.asarray(picture()))
 
 
+def test_a_palette_with_many_transparencies_keeps_its_colours():
+    paletted = picture(mode="P")
+    out = io.BytesIO()
+    paletted.save(out, "PNG", transparency=bytes(range(0, 256, 2)))
+    np.testing.assert_array_equal(np.asarray(decode(out.getvalue())), np.asarray(paletted.convert("RGB")))
+
+
 def test_a_photo_taken_upside_down_is_turned():
     exif = Image.Exif()
     exif[274] = 6  # the camera lay on its side

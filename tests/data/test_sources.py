@@ -20,7 +20,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from embedjax import config
 from embedjax.config.errors import ConfigError, DataError, EmbedjaxError
 from embedjax.data import files, records, tables
-from embedjax.data.sources import BadRow, manifest, open_source, select
+from embedjax.data.columns import make_layout, read_rows
+from embedjax.data.image import decode
+from embedjax.data.sources import BadRow, class_names, manifest, open_source, select, source_of
 
 ROWS = [{"query": f'query {i} é, "x"' + "\n" * (i % 3 == 0) + "y", "doc": "w " * (i % 7), "n": i} for i in range(40)]
 TEXTS = [{"query": row["query"], "doc": row["doc"], "n": str(row["n"])} for row in ROWS]
@@ -454,7 +456,9 @@ def test_eight_threads_read_the_same_rows(tmp_path, name):
 WRITE_TFDS = """
 import sys
 sys.modules["jax"] = None
+import io
 import numpy as np, tensorflow_datasets as tfds
+from PIL import Image
 tfds.disable_progress_bar()
 F = tfds.features
 
@@ -465,7 +469,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
     def _info(self):
         return tfds.core.DatasetInfo(builder=self, features=F.FeaturesDict({
             "query": F.Text(), "doc": F.Text(), "score": np.float32, "ids": F.Tensor(shape=(None,), dtype=np.int32),
-            "neg": F.Sequence(F.Text()), "image": F.Tensor(shape=(2, 2), dtype=np.uint8)}))
+            "neg": F.Sequence(F.Text()), "image": F.Tensor(shape=(2, 2), dtype=np.uint8),
+            "photo": F.Image(), "kind": F.ClassLabel(names=["sea_green", "red"])}))
 
     def _split_generators(self, manager):
         return {"train": self._generate_examples(20), "validation": self._generate_examples(3)}
@@ -473,7 +478,13 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, n):
         for i in range(n):
             yield i, {"query": f"q {i}", "doc": f"d {i} \\u00e9", "score": float(i), "ids": list(range(i % 5)),
-                      "neg": [f"n{i}{j}" for j in range(i % 3)], "image": np.full((2, 2), i, np.uint8)}
+                      "neg": [f"n{i}{j}" for j in range(i % 3)], "image": np.full((2, 2), i, np.uint8),
+                      "photo": photo(i), "kind": i % 2}
+
+def photo(i):
+    out = io.BytesIO()
+    Image.new("RGB", (30 + i, 20), (9 * i, 5, 5)).save(out, "JPEG")
+    return io.BytesIO(out.getvalue())
 
 for kind in sys.argv[2:]:
     Pairs(data_dir=f"{sys.argv[1]}/{kind}", file_format=kind).download_and_prepare()
@@ -496,23 +507,70 @@ def prepared(tmp_path_factory):
 def test_tfds_without_tensorflow(prepared, kind):
     folder = prepared / kind / "pairs" / "1.0.0"
     whole = open_source(config.Tfds(str(folder)))
-    assert len(whole) == 20 and set(whole.columns) == {"query", "doc", "score", "ids", "neg", "image"} and len(whole.files) == 1
+    columns = {"query", "doc", "score", "ids", "neg", "image", "photo", "kind"}
+    assert len(whole) == 20 and set(whole.columns) == columns and len(whole.files) == 1
     seen = {}
     for i in random.Random(0).sample(range(20), 20):
         row = whole[i]
         n = int(row["score"])
         assert row["image"].tolist() == [[n, n], [n, n]] and type(row["score"]) is float
         del row["image"]
+        photo = row.pop("photo")
+        assert isinstance(photo, bytes) and photo[:2] == b"\xff\xd8", "a picture stays as it was encoded"
+        assert decode(photo).size == (30 + n, 20) and row.pop("kind") == n % 2
         neg = [f"n{n}{j}" for j in range(n % 3)]
         assert row == {"query": f"q {n}", "doc": f"d {n} é", "score": n, "ids": list(range(n % 5)), "neg": neg}
         seen[i] = n
     assert sorted(seen.values()) == list(range(20))
+    assert class_names(whole, "kind") == ("sea_green", "red") and class_names(whole, "score") == ()
     part = open_source(config.Tfds("pairs:1.0.0", "train[25%:75%]", str(prepared / kind)))
     assert len(part) == 10 and part.where(0)[1] == 6 and part.files[0].rows == 10
     assert [part[i]["score"] for i in range(10)] == [seen[i] for i in range(5, 15)]
     both = open_source(config.Tfds(str(folder), "train[:2]+validation"))
     assert len(both) == 5 and both[2]["score"] in (0, 1, 2) and [f.rows for f in both.files] == [2, 3]
     assert "tensorflow" not in sys.modules
+
+
+def test_pictures_of_tfds_and_of_the_hub_are_read_for_training(prepared, tmp_path):
+    """An image feature of tensorflow-datasets, and Hugging Face's {bytes, path} in Parquet, by the columns of a set; names of
+    classes are known from both."""
+    which = config.Set(columns={"anchor": "query", "positive": "photo"})
+    tfds = open_source(config.Tfds(str(prepared / "array_record" / "pairs" / "1.0.0")))
+    whole = [tfds[row] for row in range(20)]
+    photos = [{"bytes": row["photo"], "path": f"{n}.jpg"} for n, row in enumerate(whole)]
+    (tmp_path / "beside.jpg").write_bytes(photos[3]["bytes"])
+    photos[3] = {"bytes": None, "path": "beside.jpg"}  # as datasets writes a picture that it has not embedded
+    features = {"kind": {"names": ["sea_green", "red"], "_type": "ClassLabel"}, "photo": {"_type": "Image"}}
+    table = pa.table({"query": [row["query"] for row in whole], "photo": photos, "kind": [row["kind"] for row in whole]})
+    note = json.dumps({"info": {"features": features}})
+    pq.write_table(table.replace_schema_metadata({"huggingface": note}), tmp_path / "hub.parquet")
+    hub = open_source(config.File(str(tmp_path / "hub.parquet")))
+    for source in (tfds, hub):
+        layout = make_layout(which, source, {"positive": 8})
+        good, bad = read_rows(source, layout, range(20))
+        assert not bad and [good[row]["anchor"] for row in range(20)] == [row["query"] for row in whole]
+        for row in range(20):
+            assert good[row]["positive"].encoded == whole[row]["photo"]
+            least = 30 + int(whole[row]["score"]), 20
+            assert good[row]["positive"].decoded.size in (least, (-(-least[0] // 2), 10))  # a JPEG may come at half its size
+    assert class_names(hub, "kind") == ("sea_green", "red") and class_names(hub, "query") == ()
+    pq.write_table(table.replace_schema_metadata({"huggingface": "{"}), tmp_path / "odd.parquet")
+    assert class_names(open_source(config.File(str(tmp_path / "odd.parquet"))), "kind") == ()
+
+
+def test_what_a_path_on_a_command_line_is(tmp_path):
+    for folder, file in (("photos", "cat/1.png"), ("shards", "a-0.tar"), ("tables", "x/train.parquet"), ("empty", "notes.txt")):
+        (tmp_path / folder / file).parent.mkdir(parents=True)
+        (tmp_path / folder / file).write_bytes(b"")
+    path = lambda name: str(tmp_path / name)
+    for name, kind in (
+        ("photos", config.Pictures), ("empty", config.Pictures), ("shards", config.Tar), ("tables", config.File),
+        ("shards/a-0.tar", config.Tar), ("a-{000..9}.tar", config.Tar), ("a.tar.gz", config.Tar), ("a.tgz", config.Tar),
+        ("tables/x/train.parquet", config.File), ("none.jsonl", config.File), ("*.csv", config.File),
+    ):  # fmt: skip
+        assert source_of(path(name)) == kind(path(name)), name
+    assert source_of("a.tsv", ("x", "y")) == config.File("a.tsv", names=("x", "y"))
+    assert source_of("gs://bucket/a.tar") == config.Tar("gs://bucket/a.tar")
 
 
 def test_tfds_row_that_cannot_be_decoded():

@@ -273,6 +273,8 @@ def test_every_task_of_the_config_has_a_reader_and_a_main_metric(two_towers, mod
     assert set(READERS) == set(c.Task.__args__)
     tasks = [kind(test if "text" in kind().columns else file) for kind in READERS]
     tasks = [dataclasses.replace(task, train=train) if hasattr(task, "train") else task for task in tasks]
+    words = c.ZeroShot(test, {"text": "text", "label": "label"}, classes={str(n): f"w{n}" for n in range(5)})
+    tasks = [words if isinstance(task, c.ZeroShot) else task for task in tasks]  # its default is pictures
     head = Head(tuple("01234"), False, "softmax", np.eye(16, 5, dtype=np.float32), np.zeros(5, np.float32))
     prepared = prepare(tasks)
     assert all({side.column for side in data.sides} == set(data.task.sides) for data in prepared)

@@ -1,4 +1,4 @@
-"""Evaluation tasks -> metrics of a model. Reads its data once, encodes each text once for all prefixes, trains nothing."""
+"""Evaluation tasks -> metrics of a model. Reads its data once, encodes each text or picture once for all prefixes."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from jax.sharding import Mesh as DeviceMesh
 from embedjax import config
 from embedjax.config import Similarity, Task
 from embedjax.config.errors import ConfigError
-from embedjax.evaluate.tasks import bitext, classification, clustering, heads, pairs, reranking, retrieval, sts
+from embedjax.evaluate.tasks import bitext, classification, clustering, heads, pairs, reranking, retrieval, sts, zeroshot
 from embedjax.evaluate.tasks.heads import HeadData
 from embedjax.evaluate.tasks.retrieval import DEPTH, RetrievalData
 from embedjax.evaluate.tasks.side import Side
@@ -20,7 +20,7 @@ __all__ = ["DEPTH", "RetrievalData", "TaskData", "evaluate", "prepare", "read"]
 
 @runtime_checkable
 class TaskData(Protocol):
-    """A task whose data was read: texts, and what is made of their vectors."""
+    """A task whose data was read: texts or pictures, and what is made of their vectors."""
 
     @property
     def task(self) -> Any: ...
@@ -41,6 +41,7 @@ READERS: dict[type, Callable[[Any], TaskData]] = {
     config.TripletAccuracy: pairs.read_triplets,
     config.Classification: classification.read_probe,
     config.KnnClassification: classification.read_knn,
+    config.ZeroShot: zeroshot.read,
     config.HeadAccuracy: heads.read,
     config.Clustering: clustering.read,
     config.BitextMining: bitext.read,

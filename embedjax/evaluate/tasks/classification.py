@@ -1,8 +1,8 @@
-"""Classification with a frozen model: a logistic regression, or the nearest training rows, on its vectors."""
+"""Classification of texts or pictures with a frozen model: a logistic regression, or the nearest training rows."""
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jax.sharding import Mesh as DeviceMesh
@@ -12,8 +12,7 @@ from embedjax.config import Classification, KnnClassification, Similarity
 from embedjax.config.errors import DataError, nearest
 from embedjax.data.sources import Source
 from embedjax.evaluate.retrieval import topk
-from embedjax.evaluate.rows import text_at
-from embedjax.evaluate.tasks.reading import labels_in, opened, rows_of, texts_in
+from embedjax.evaluate.tasks.reading import items_in, labels_in, opened, rows_of, subject
 from embedjax.evaluate.tasks.side import Side, Vectors, comparable
 
 Labels = Int[np.ndarray, " N"]
@@ -22,7 +21,7 @@ ITERATIONS = 100
 
 @dataclasses.dataclass(frozen=True)
 class ProbeData:
-    """Training texts, test texts, the labels of both, and the training rows of each draw."""
+    """What is learnt from and what is tested, the labels of both, and the training rows of each draw."""
 
     task: Classification
     sides: tuple[Side, Side]
@@ -46,7 +45,7 @@ class ProbeData:
 
 @dataclasses.dataclass(frozen=True)
 class KnnData:
-    """Training texts, test texts and the labels of both."""
+    """What is learnt from, what is tested, and the labels of both."""
 
     task: KnnClassification
     sides: tuple[Side, Side]
@@ -73,15 +72,13 @@ def read_probe(task: Classification) -> ProbeData:
     source, train, test = _read(task)
     draws = drawn(train, task.per_label, task.experiments, task.seed) if task.per_label else [np.arange(len(train))]
     used = np.unique(np.concatenate(draws))
-    texts = [text_at(source, int(row), task.columns["text"]) for row in used]
     draws = [np.searchsorted(used, rows) for rows in draws]
-    return ProbeData(task, (Side(texts, "anchor"), test[0]), train[used], test[1], draws)
+    return ProbeData(task, (_side(task, source, used.tolist()), test[0]), train[used], test[1], draws)
 
 
 def read_knn(task: KnnClassification) -> KnnData:
     source, train, test = _read(task)
-    texts = [text_at(source, row, task.columns["text"]) for row in range(len(source))]
-    return KnnData(task, (Side(texts, "anchor"), test[0]), train, test[1])
+    return KnnData(task, (_side(task, source, range(len(source))), test[0]), train, test[1])
 
 
 def drawn(labels: Labels, per_label: int, experiments: int, seed: int) -> list[Int[np.ndarray, " M"]]:
@@ -95,9 +92,13 @@ def drawn(labels: Labels, per_label: int, experiments: int, seed: int) -> list[I
     return draws
 
 
+def _side(task: Classification | KnnClassification, source: Source, rows: Iterable[int] | None = None) -> Side:
+    return Side(items_in(task, source, subject(task), rows), "anchor", subject(task) == "image")
+
+
 def _read(task: Classification | KnnClassification) -> tuple[Source, Labels, tuple[Side, Labels]]:
-    """The training source and its labels; the test texts and their labels. Labels are numbers in sorted order."""
-    source, test = opened(task, ("text", "label"), task.train), opened(task, ("text", "label"))
+    """The training source and its labels; what is tested and its labels. Labels are numbers in sorted order."""
+    source, test = opened(task, (subject(task), "label"), task.train), opened(task, (subject(task), "label"))
     known = labels_in(task, source, range(len(source)))
     asked = labels_in(task, test, rows_of(task, test))
     names = sorted(set(known), key=lambda name: (len(name) if name.isdecimal() else 0, name))
@@ -109,4 +110,4 @@ def _read(task: Classification | KnnClassification) -> tuple[Source, Labels, tup
         )
     places = {name: place for place, name in enumerate(names)}
     train, wanted = (np.array([places[name] for name in labels], np.int32) for labels in (known, asked))
-    return source, train, (Side(texts_in(task, test, "text"), "anchor"), wanted)
+    return source, train, (_side(task, test), wanted)

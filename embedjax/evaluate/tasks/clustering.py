@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from embedjax.config import Clustering, Similarity
 from embedjax.config.errors import DataError
-from embedjax.evaluate.tasks.reading import labels_in, numbered, opened, rows_of, texts_in
+from embedjax.evaluate.tasks.reading import items_in, labels_in, numbered, opened, rows_of, subject
 from embedjax.evaluate.tasks.side import Side, Vectors
 
 # Rows of a step of k-means.
@@ -18,7 +18,7 @@ BATCH = 512
 
 @dataclasses.dataclass(frozen=True)
 class ClusteringData:
-    """Texts and the number of each one's label."""
+    """Texts or pictures and the number of each one's label."""
 
     task: Clustering
     sides: tuple[Side]
@@ -37,8 +37,9 @@ class ClusteringData:
 
 
 def read(task: Clustering) -> ClusteringData:
-    source = opened(task, ("text", "label"))
+    source = opened(task, (subject(task), "label"))
     names, labels = numbered(labels_in(task, source, rows_of(task, source)))
     if len(names) < 2:
         raise DataError(f"task {task.name!r}: all {len(labels)} rows have the label {names[0]!r}; clusters need two or more")
-    return ClusteringData(task, (Side(texts_in(task, source, "text"), "anchor"),), labels)
+    side = Side(items_in(task, source, subject(task)), "anchor", subject(task) == "image")
+    return ClusteringData(task, (side,), labels)

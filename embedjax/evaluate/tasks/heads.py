@@ -11,7 +11,7 @@ from embedjax.config.errors import ConfigError, DataError, nearest
 from embedjax.evaluate.encode import asked
 from embedjax.evaluate.rows import label_at
 from embedjax.evaluate.tasks.classification import measured
-from embedjax.evaluate.tasks.reading import opened, rows_of, texts_in
+from embedjax.evaluate.tasks.reading import items_in, opened, rows_of, subject
 from embedjax.evaluate.tasks.side import Side, Vectors
 from embedjax.models import lora
 from embedjax.models.classifier import Head
@@ -19,7 +19,7 @@ from embedjax.models.classifier import Head
 
 @dataclasses.dataclass(frozen=True)
 class HeadData:
-    """N texts, or pairs of them, and the labels of each as text; the head once a model is chosen."""
+    """N texts or pictures, or pairs of them, and the labels of each as text; the head once a model is chosen."""
 
     task: HeadAccuracy
     sides: tuple[Side, ...]
@@ -77,8 +77,12 @@ def head_of(task: HeadAccuracy, heads: Mapping[str, Head], origin: str, model: M
 
 def read(task: HeadAccuracy) -> HeadData:
     """Texts get the prompts of the columns they were trained in: that of queries, the second of a pair that of documents."""
-    source, roles = opened(task, ("text", "label"), optional=("other",)), {"text": "query", "other": "document"}
-    sides = tuple(Side(texts_in(task, source, name), role) for name, role in roles.items() if name in task.columns)
+    what = subject(task)
+    source = opened(task, (what, "label"), optional=() if what == "image" else ("other",))
+    roles = {what: "query", "other": "document"}
+    sides = tuple(
+        Side(items_in(task, source, name), role, name == "image") for name, role in roles.items() if name in task.columns
+    )
     column, labels = task.columns["label"], []
     for row in rows_of(task, source):
         value = source[row].get(column)

@@ -1,6 +1,6 @@
 """A task's sources -> checked columns. What cannot be used is an error that names its row: an evaluation passes over none."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -9,6 +9,7 @@ from embedjax.config import Source as SourceConfig
 from embedjax.config import Task
 from embedjax.config.errors import ConfigError, nearest
 from embedjax.data.sources import Source, open_source, select
+from embedjax.evaluate.pictures import Stored
 from embedjax.evaluate.rows import label_at, text_at
 
 
@@ -38,6 +39,26 @@ def rows_of(task: Task, source: Source) -> range:
 def texts_in(task: Task, source: Source, column: str) -> list[str]:
     """The texts of one of our columns, none empty."""
     return [text_at(source, row, task.columns[column]) for row in rows_of(task, source)]
+
+
+def subject(task: Task) -> str:
+    """Our column of what a task is about: `image` where it names one, else `text`."""
+    return "image" if "image" in task.columns else "text"
+
+
+def items_in(task: Task, source: Source, column: str, rows: Iterable[int] | None = None) -> list[str] | list[Stored]:
+    """What one of our columns holds in some rows, or those that `limit` leaves: pictures in `image`, else texts, none empty."""
+    rows, theirs = rows_of(task, source) if rows is None else rows, task.columns[column]
+    if column != "image":
+        return [text_at(source, row, theirs) for row in rows]
+    return [picture_at(source, row, theirs) for row in rows]
+
+
+def picture_at(source: Source, row: int, column: str) -> Stored:
+    """The picture of a row. Raises BadRow for neither a path nor bytes; whether it is whole shows when it is encoded."""
+    found = Stored(source, row, column)
+    _ = found.path
+    return found
 
 
 def labels_in(task: Task, source: Source, rows: range) -> list[str]:

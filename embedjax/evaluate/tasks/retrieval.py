@@ -9,12 +9,13 @@ from jaxtyping import Int
 
 from embedjax.config import Retrieval, Similarity
 from embedjax.config.errors import ConfigError, DataError
-from embedjax.data.sources import Source, open_source, select
+from embedjax.data.sources import BadRow, Source, open_source, select
 from embedjax.evaluate import scores
 from embedjax.evaluate.late import TokenVectors, maxsim_topk
+from embedjax.evaluate.pictures import Stored
 from embedjax.evaluate.retrieval import topk
-from embedjax.evaluate.rows import key_at, number_at, picture_at, string_at, text_at
-from embedjax.evaluate.tasks.reading import opened, require, rows_of
+from embedjax.evaluate.rows import key_at, number_at, string_at, text_at
+from embedjax.evaluate.tasks.reading import opened, picture_at, require, rows_of
 from embedjax.evaluate.tasks.side import Side, Vectors, comparable
 from embedjax.load import Model
 
@@ -96,18 +97,14 @@ def nearest(
 
 
 def read(task: Retrieval) -> RetrievalData:
-    if odd := [name for name in task.pictures if name not in ("query", "document")]:
-        raise ConfigError(f"task {task.name!r}: pictures names {odd[0]!r}; it is for query and document")
-    if task.pictures and task.corpus is not None:
-        raise ConfigError(f"task {task.name!r}: pictures are read from pairs, not from a corpus")
     return _read_pairs(task) if task.corpus is None else _read_judged(task)
 
 
 def _read_pairs(task: Retrieval) -> RetrievalData:
     """Equal documents are one document; all documents of equal queries are relevant to the one query."""
     source = opened(task, ("query", "document"))
-    queries: dict[str | bytes, int] = {}
-    documents: dict[str | bytes, int] = {}
+    queries: dict[str | Stored, int] = {}
+    documents: dict[str | Stored, int] = {}
     judgements: list[dict[int, float]] = []
     at = lambda name, row: (picture_at if name in task.pictures else text_at)(source, row, task.columns[name])
     for row in rows_of(task, source):
@@ -120,46 +117,54 @@ def _read_pairs(task: Retrieval) -> RetrievalData:
 
 
 def _read_judged(task: Retrieval) -> RetrievalData:
-    """Judged queries against a whole corpus, as BEIR lays it out. Documents, unlike queries, may be empty texts."""
+    """Judged queries against a whole corpus, as BEIR lays it out; both may be pictures. Documents, unlike queries, may be empty
+    texts."""
     if task.corpus is None or task.queries is None:
         raise ConfigError(f"task {task.name!r} has a corpus but no queries; with a corpus, set `queries` too")
-    corpus = _texts_by_id(task, open_source(task.corpus), task.corpus_columns)
-    texts = _texts_by_id(task, open_source(task.queries), task.query_columns)
+    corpus = _items_by_id(task, open_source(task.corpus), task.corpus_columns, "document")
+    asked = _items_by_id(task, open_source(task.queries), task.query_columns, "query")
     source, columns = opened(task, ("query_id", "document_id"), optional=("relevance",)), task.columns
     places = {key: place for place, key in enumerate(corpus)}
     judgements: dict[str, dict[int, float]] = {}
     for row in rows_of(task, source):
         query, document = (key_at(source, row, columns[name]) for name in ("query_id", "document_id"))
-        for key, known, what in ((query, texts, "query"), (document, corpus, "document")):
+        for key, known, what in ((query, asked, "query"), (document, corpus, "document")):
             if key not in known:
-                raise DataError(f"{':'.join(map(str, source.where(row)))}: {what} {key!r} is not in the {what} file")
-        if not texts[query].strip():
+                raise BadRow(*source.where(row), f"{what} {key!r} is not in the {what} file")
+        if isinstance(text := asked[query], str) and not text.strip():
             raise DataError(f"task {task.name!r}: the text of query {query!r} is empty")
         relevance = number_at(source, row, columns["relevance"]) if "relevance" in columns else 1.0
         judgements.setdefault(query, {})[places[document]] = relevance
-    found = _retrieval(task, [texts[query] for query in judgements], corpus.values(), list(judgements.values()))
+    found = _retrieval(task, [asked[query] for query in judgements], corpus.values(), list(judgements.values()))
     if not task.skip_same_id:
         return found
     return dataclasses.replace(found, own=np.array([places.get(query, -1) for query in judgements], np.int32))
 
 
 def _retrieval(
-    task: Retrieval, queries: Iterable[str | bytes], documents: Iterable[str | bytes], judgements: Sequence[Mapping[int, float]]
+    task: Retrieval,
+    queries: Iterable[str | Stored],
+    documents: Iterable[str | Stored],
+    judgements: Sequence[Mapping[int, float]],
 ) -> RetrievalData:
     side = lambda items, name: Side(list(items), name, name in task.pictures)
     return RetrievalData(task, side(queries, "query"), side(documents, "document"), judgements)
 
 
-def _texts_by_id(task: Retrieval, source: Source, columns: Mapping[str, str]) -> dict[str, str]:
-    require(task, columns, ("id", "text"), ("title",))
+def _items_by_id(task: Retrieval, source: Source, columns: Mapping[str, str], side: str) -> dict[str, str | Stored]:
+    seen = side in task.pictures
+    require(task, columns, ("id", "image") if seen else ("id", "text"), () if seen else ("title",))
     select(source, {ours: theirs for ours, theirs in columns.items() if (ours, theirs) != TITLE}, f"task {task.name!r}")
-    found: dict[str, str] = {}
+    found: dict[str, str | Stored] = {}
     for row in range(len(source)):
         key = key_at(source, row, columns["id"])
         if key in found:
-            raise DataError(f"{':'.join(map(str, source.where(row)))}: the id {key!r} appears twice")
-        title = _title_at(source, row, columns.get("title"))
-        found[key] = f"{title} {string_at(source, row, columns['text'])}".strip()
+            raise BadRow(*source.where(row), f"the id {key!r} appears twice")
+        if seen:
+            found[key] = picture_at(source, row, columns["image"])
+        else:
+            title = _title_at(source, row, columns.get("title"))
+            found[key] = f"{title} {string_at(source, row, columns['text'])}".strip()
     return found
 
 

@@ -8,10 +8,9 @@ import numpy as np
 from jax.sharding import Mesh as DeviceMesh
 from jaxtyping import Float
 
-from embedjax import config
 from embedjax.config import ImageTower, Similarity, Tower
 from embedjax.config.errors import ConfigError
-from embedjax.evaluate.encode import Columns, Encoder, encoder_of
+from embedjax.evaluate.encode import Columns, Encoder, encoder_of, side_of
 from embedjax.evaluate.late import TokenEncoder, TokenVectors, maxsim_own
 from embedjax.load import Model
 
@@ -22,8 +21,8 @@ KEPT = 256 << 20
 
 
 class Side:
-    """The texts of one column (or its pictures, as bytes or paths), and their tokens as the last tokenizer gave them, so that a
-    run tokenizes them once; those of a large corpus, which would fill the memory, each time."""
+    """The texts of one column (or its pictures, as `encode_images` takes them), and their tokens as the last tokenizer gave
+    them, so that a run tokenizes them once; those of a large corpus, which would fill the memory, each time."""
 
     def __init__(self, texts: Sequence[Any], column: str, pictures: bool = False):
         self.texts, self.column, self.pictures = list(texts), column, pictures
@@ -37,11 +36,12 @@ class Side:
         progress: Callable[[int], None] | None = None,
     ) -> Vectors | TokenVectors:
         """Encoded by the column's tower, with the prompt that `encode` gives it. `prompt` names other prompts, or an adapter;
-        `progress(rows)` tells how many are done. Raises ConfigError for an unknown one."""
+        `progress(rows)` tells how many are done. Raises ConfigError for an unknown one, and where no tower takes these."""
+        column = side_of(model.config, self.column, self.pictures)
         if model.config.late:
-            tokens = TokenEncoder(model, column=self.column, task=prompt or None, mesh=mesh)
+            tokens = TokenEncoder(model, column=column, task=prompt or None, mesh=mesh)
             return tokens.gather(self._blocks(tokens), progress=progress)
-        encoder = encoder_of(model, column=self.column_of(model.config), task=prompt or None, mesh=mesh)
+        encoder = encoder_of(model, column=column, task=prompt or None, mesh=mesh)
         out, start = np.empty((len(self.texts), encoder.width), np.float32), 0
         for vectors in encoder.stream(self._blocks(encoder), progress=progress):
             out[start : start + len(vectors)] = vectors
@@ -64,16 +64,10 @@ class Side:
 
     def prefix(self, model: Model, vectors: Vectors | TokenVectors, dim: int) -> Vectors | TokenVectors:
         """The first `dim` numbers of this side's vectors."""
-        tower = model.config.towers[model.config.tower_of(self.column_of(model.config))]
+        tower = model.config.towers[model.config.tower_of(side_of(model.config, self.column, self.pictures))]
         if isinstance(vectors, TokenVectors):
             return dataclasses.replace(vectors, vectors=prefixed(vectors.vectors, dim, tower))
         return prefixed(vectors, dim, tower)
-
-    def column_of(self, model: config.Model) -> str:
-        """The column of `model` that takes these: of a model of pictures and texts the other one, where queries are pictures
-        and anchors texts, or the other way round."""
-        takes = lambda column: isinstance(model.towers[model.tower_of(column)], config.ImageTower) == self.pictures
-        return next(filter(takes, (self.column, *config.ROLES)), self.column)
 
 
 def prefixed(vectors: Vectors, dim: int, tower: Tower | ImageTower) -> Vectors:
