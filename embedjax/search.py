@@ -98,17 +98,17 @@ class Gallery:
             wrong: dict[int, str] = {}
             columns = encoder.tokenize(self.stored[start : start + encoder.block], wrong)
             bad.update({start + at: reason for at, reason in wrong.items()})
+            if len(bad) == count:
+                raise DataError(f"none of the {count} pictures can be decoded; the first: {bad[0]}")
             return columns
 
         count = len(self.stored)
         report = (lambda done: progress(done, count)) if progress else None
         vectors = np.concatenate(list(encoder.stream(map(block, range(0, count, encoder.block)), progress=report)))
         vectors[list(bad)] = 0
-        first = bad[min(bad)] if bad else ""
-        if len(bad) == count:
-            raise DataError(f"none of the {count} pictures can be decoded; the first: {first}")
         if bad:
-            _log.warning("%d of %d pictures cannot be decoded and are passed over; the first: %s", len(bad), count, first)
+            told = len(bad), count, bad[min(bad)]
+            _log.warning("%d of %d pictures cannot be decoded and are passed over; the first: %s", *told)
         return vectors
 
 

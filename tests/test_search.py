@@ -192,10 +192,10 @@ def test_vectors_of_pictures_are_kept_until_one_changes(pair, pictures, tmp_path
     find = lambda: search.search(pair, search.open_gallery(folder), "red", 40, cache=cache)
     first = find()
     assert find() == first and encoded == [28] and len(first) == 28
-    shutil.copyfile(folder / "pink" / "0.jpg", folder / "red" / "0.png")
+    shutil.copyfile(folder / "pink" / "0.png", folder / "red" / "0.png")
     changed = find()
     assert encoded == [28, 28] and [hit.place for hit in changed] != [hit.place for hit in first]
-    shutil.copyfile(folder / "pink" / "0.jpg", folder / "red" / "new.jpg")
+    shutil.copyfile(folder / "pink" / "0.png", folder / "red" / "new.jpg")
     assert len(find()) == 29 and encoded == [28, 28, 29]
 
 

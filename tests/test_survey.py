@@ -138,7 +138,7 @@ def test_pictures_are_measured_counted_and_compared(tiny_config, pictures, tmp_p
     told = f"smallest {min(sides)}, largest {max(sides)}; {small:.1%} are below 24 and scaled up"
     assert found["positive"][0].endswith(told) and not found["positive"][1] and 0 < small < 1
     assert "tokens" in found["anchor"][0]
-    assert found["repeated rows"][0] == "1 (3.3%) have the texts and pictures of a row before"
+    assert found["repeated rows"][0] == "1 (3.1%) have the texts and pictures of a row before"
     assert found["repeated positive"][0].startswith("2 (6.7%)") and "anchor = positive" not in found
     assert found["task 'held' document"] == ("2 pictures; 1 (50.0%) in train positive of them trained on", False)
     assert "bad.jsonl:3: column 'image': picture cannot be decoded" in found["task 'bad'"][0]

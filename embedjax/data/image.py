@@ -9,6 +9,7 @@ import hashlib
 import io
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -177,4 +178,5 @@ def check(images: Images) -> None:
 
 
 def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """The first line of a message, without the object in memory that Pillow names."""
+    return re.sub(r" <_io\.\w+ object at \w+>", "", str(error).strip().partition("\n")[0]) or type(error).__name__

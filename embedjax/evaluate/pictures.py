@@ -112,17 +112,19 @@ def holds_pictures(source: Source, column: str) -> bool:
 
 
 def files_key(source: Source, pictures: Iterable[Stored]) -> str:
-    """SHA-256 of what tells pictures from others without decoding them: the source's files, and of those that are files of
-    their own the path, size and time of change. Raises BadRow for what is neither a path nor bytes."""
+    """SHA-256 of what tells a source's pictures from others without decoding them: the files it is of, and where the first is a
+    file of its own the path, size and time of change of each. Raises BadRow for what is neither a path nor bytes."""
     digest = hashlib.sha256(" ".join(info.sha256 for info in source.files).encode())
-    for picture in pictures:
-        if path := picture.path:
-            try:
-                found = os.stat(path)
-                told = f"{found.st_size} {found.st_mtime_ns}"
-            except (OSError, ValueError):  # ValueError for a name with a zero byte
-                told = "missing"  # which reading it tells
-            digest.update(f"\n{path}\0{told}".encode("utf-8", "surrogateescape"))
+    for number, picture in enumerate(pictures):
+        path = picture.path
+        if not path and not number:
+            break  # bytes are in the source's files; to look at each would read them all once more
+        try:
+            found = os.stat(path)
+            told = f"{found.st_size} {found.st_mtime_ns}"
+        except (OSError, ValueError):  # ValueError for a name with a zero byte
+            told = "missing"  # which reading it tells
+        digest.update(f"\n{path}\0{told}".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

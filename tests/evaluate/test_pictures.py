@@ -247,3 +247,8 @@ def test_the_key_of_files_follows_their_changes(pictures, tmp_path):
     second = key()
     Image.new("RGB", (5, 4)).save(tmp_path / "b.png")
     assert len({first, second, key()}) == 3
+    pq.write_table(pa.table({"image": [b"a", b"b", b"c"]}), tmp_path / "rows.parquet")
+    held = open_source(c.File(str(tmp_path / "rows.parquet")))
+    rows = iter([Stored(held, row, "image") for row in range(3)])
+    files_key(held, rows)
+    assert len(list(rows)) == 2, "bytes are in the file, whose hash is enough"

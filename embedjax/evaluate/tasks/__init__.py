@@ -71,6 +71,8 @@ def evaluate(
         data = task if isinstance(task, TaskData) else read(task)
         check_late(data.task, model.config)
         data = data.of(model.heads, model.origin, model.config) if isinstance(data, HeadData) else data
+        for side in data.sides:
+            side.check(model, data.task.dims)
         whole = _encoded(data, model, mesh, progress)
         for label, dim in zip(data.task.labels, (None, *data.task.dims), strict=True):
             vectors: list[Any] = [

@@ -62,12 +62,21 @@ class Side:
         if size <= KEPT:
             self.tokens = key, kept
 
+    def check(self, model: Model, dims: Sequence[int]) -> None:
+        """Raises ConfigError for a prefix longer than the vectors, before anything is encoded."""
+        width = model.embedders[self._tower(model)].width
+        if max(dims, default=0) > width:
+            raise ConfigError(f"dims holds {max(dims)}; the model's vectors have {width} numbers")
+
     def prefix(self, model: Model, vectors: Vectors | TokenVectors, dim: int) -> Vectors | TokenVectors:
         """The first `dim` numbers of this side's vectors."""
-        tower = model.config.towers[model.config.tower_of(side_of(model.config, self.column, self.pictures))]
+        tower = model.config.towers[self._tower(model)]
         if isinstance(vectors, TokenVectors):
             return dataclasses.replace(vectors, vectors=prefixed(vectors.vectors, dim, tower))
         return prefixed(vectors, dim, tower)
+
+    def _tower(self, model: Model) -> str:
+        return model.config.tower_of(side_of(model.config, self.column, self.pictures))
 
 
 def prefixed(vectors: Vectors, dim: int, tower: Tower | ImageTower) -> Vectors:
