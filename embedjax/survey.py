@@ -149,7 +149,8 @@ class Tally:
 
     def column(self, limit: int, pictures: bool) -> Column:
         """All of it."""
-        return Column(limit, *map(np.concatenate, (self.lengths, self.keys, self.each)), pictures)
+        lengths, keys, each = map(np.concatenate, (self.lengths, self.keys, self.each))
+        return Column(limit, lengths, keys, each, pictures)
 
 
 class Seen(NamedTuple):

@@ -47,16 +47,16 @@ def one_line(arguments: Sequence[str] = (), known: Callable[[], Mapping[str, Any
 def options(kind: Any, default: Any = None) -> dict[str, Any]:
     """Option -> type, FLAG or EMPTY, by the names tyro gives to the arguments of a function or the fields of `default`."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    made = {} if default is not None or not dataclasses.is_dataclass(kind) else _defaults(kind)
+    made = _defaults(kind) if default is None else {}
     value = lambda name: made.get(name) if default is None else getattr(default, name, None)
     names = inspect.signature(kind).parameters
     return {option: found for name in names for option, found in _options(value(name), hints[name], name)}
 
 
 def _defaults(kind: Any) -> dict[str, Any]:
-    """Field -> what it is by default, where that is a value of its own."""
-    fields = [field for field in dataclasses.fields(kind) if field.default_factory is not dataclasses.MISSING]
-    return {field.name: field.default_factory() for field in fields}
+    """Field of a dataclass -> what it is by default, where that is made anew each time; {} of a function."""
+    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    return {field.name: field.default_factory() for field in fields if callable(field.default_factory)}
 
 
 def _options(value: Any, hint: Any, name: str) -> Iterator[tuple[str, Any]]:

@@ -74,8 +74,8 @@ def read(value: object, root: str = "") -> bytes:
     {"bytes", "path"}, or what has a method `read`, as open files have. Raises ValueError."""
     if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
         value = value.get("bytes") or value.get("path")
-    elif hasattr(value, "read"):
-        value = value.read()
+    elif callable(reader := getattr(value, "read", None)):
+        value = reader()
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value)
     if isinstance(value, str) and value:

@@ -104,7 +104,7 @@ class Input:
             side = side_of(model.config, "image" if pictures else "text", pictures)
         return cls(source, column, pictures, side)
 
-    def part(self, start: int, stop: int) -> list[str] | list[Stored]:
+    def part(self, start: int, stop: int) -> list[Any]:
         """The texts or pictures of some rows. Raises BadRow for what is no text; pictures are read later."""
         if self.pictures:
             return [Stored(self.source, row, self.column) for row in range(start, stop)]
