@@ -40,8 +40,10 @@ def maxsim(query: Tokens, documents: Tokens) -> Float[Array, "B N"]:
     document without tokens scores 0, without gradient.
     """
     q_BQE, d_NTE = floats(query.vectors), floats(documents.vectors)
-    product_BQNT = jnp.einsum("bqe,nte->bqnt", q_BQE, d_NTE, precision=HIGHEST)
-    return _summed(_best(product_BQNT, documents.score[None, None]).max(-1), query.score, documents.score)
+    # Documents first: the maximum runs over rows of numbers that lie side by side.
+    product_NTBQ = jnp.einsum("nte,bqe->ntbq", d_NTE, q_BQE, precision=HIGHEST)
+    best_NBQ = jnp.where(documents.score[..., None, None], product_NTBQ, -jnp.inf).max(1)
+    return _summed(best_NBQ, query.score, documents.score).T
 
 
 def maxsim_own(query: Tokens, documents: Tokens) -> Float[Array, "B C"]:
@@ -68,29 +70,29 @@ def _tiled(axis, tile, q_BQE, d_NTE, q_mask, d_mask):
 def _forward(axis, tile, q_BQE, d_NTE, q_mask, d_mask):
     """Scores, and what the gradient needs: for each query token and document the place of the best document token."""
     count, here, n = _places(axis, d_NTE)
-    scores = jnp.zeros((len(q_BQE), count, n), q_BQE.dtype)
-    places = jnp.zeros((len(q_BQE), count, n, q_BQE.shape[1]), jnp.int32)
+    scores = jnp.zeros((count, n, len(q_BQE)), q_BQE.dtype)
+    places = jnp.zeros((count, n, *q_BQE.shape[:2]), jnp.int32)
 
     def visit(staying, travelling):
         d_NTE, d_mask, block = travelling
         found = _scored(tile, q_BQE, d_NTE, q_mask, d_mask)
-        put = lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, block, 1)
+        put = lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, block, 0)
         return jax.tree.map(put, staying, found), None
 
     (scores, places), _ = trip(axis, visit, (scores, places), (d_NTE, d_mask, here))
-    return scores.reshape(len(q_BQE), -1), (q_BQE, d_NTE, q_mask, d_mask, places)
+    return scores.reshape(-1, len(q_BQE)).T, (q_BQE, d_NTE, q_mask, d_mask, places)
 
 
 def _backward(axis, tile, kept, g_BM):
     q_BQE, d_NTE, q_mask, d_mask, places = kept
     count, here, n = _places(axis, d_NTE)
-    g_BPN = g_BM.reshape(-1, count, n)
+    g_PNB = g_BM.T.reshape(count, n, -1)
 
     def visit(dq_BQE, travelling):
         d_NTE, d_mask, block = travelling
-        pick = lambda whole: jax.lax.dynamic_index_in_dim(whole, block, 1, keepdims=False)
-        g_BN = jnp.where(d_mask.any(-1)[None], pick(g_BPN), 0)
-        more, dd_NTE = _gradients(tile, q_BQE, d_NTE, q_mask, pick(places), g_BN)
+        pick = lambda whole: jax.lax.dynamic_index_in_dim(whole, block, 0, keepdims=False)
+        g_NB = jnp.where(d_mask.any(-1, keepdims=True), pick(g_PNB), 0)
+        more, dd_NTE = _gradients(tile, q_BQE, d_NTE, q_mask, pick(places), g_NB)
         return dq_BQE + more, dd_NTE
 
     dq_BQE, dd_NTE = trip(axis, visit, jnp.zeros_like(q_BQE), (d_NTE, d_mask, here))
@@ -106,42 +108,43 @@ def _places(axis: tuple[str, ...], documents: Array) -> tuple[int, Array, int]:
     return (jax.lax.axis_size(axis) if axis else 1), here, len(documents)
 
 
-def _scored(tile: int, q_BQE, d_NTE, q_mask, d_mask) -> tuple[Float[Array, "B N"], Int[Array, "B N Q"]]:
+def _scored(tile: int, q_BQE, d_NTE, q_mask, d_mask) -> tuple[Float[Array, "N B"], Int[Array, "N B Q"]]:
     """Scores and best places, a tile of documents and one of queries at a time."""
     b, n = len(q_BQE), len(d_NTE)
     rows, columns = _sizes(tile, q_BQE, d_NTE)
 
     def one(block):
         (q_RQE, q_mask), (d_CTE, d_mask) = block
-        # Rows of queries first: one product of two matrices, without moving what comes out.
-        product = jnp.matmul(q_RQE.reshape(-1, q_RQE.shape[-1]), d_CTE.reshape(-1, d_CTE.shape[-1]).T, precision=HIGHEST)
-        product_RQCT = _best(product.reshape(*q_RQE.shape[:2], *d_CTE.shape[:2]), d_mask[None, None])
-        best_RQC = product_RQCT.max(-1)
+        # Documents first: maxima run over rows of numbers that lie side by side.
+        product = jnp.matmul(d_CTE.reshape(-1, d_CTE.shape[-1]), q_RQE.reshape(-1, q_RQE.shape[-1]).T, precision=HIGHEST)
+        product_CTRQ = product.reshape(*d_CTE.shape[:2], *q_RQE.shape[:2])
+        product_CTRQ = jnp.where(d_mask[..., None, None], product_CTRQ, -jnp.inf)
+        best_CRQ = product_CTRQ.max(1)
         # The first place of the best, as argmax has it: that is a loop over numbers on a CPU, and costs as much as the product.
-        places = jnp.arange(product_RQCT.shape[-1], dtype=jnp.int32)[None, None, None]
-        place_RQC = jnp.where(product_RQCT == best_RQC[..., None], places, places.size).min(-1)
-        return _summed(best_RQC, q_mask, d_mask), place_RQC.swapaxes(1, 2)
+        places = jnp.arange(d_CTE.shape[1], dtype=jnp.int32)[None, :, None, None]
+        place_CRQ = jnp.where(product_CTRQ == best_CRQ[:, None], places, places.size).min(1)
+        return _summed(best_CRQ, q_mask, d_mask), place_CRQ
 
     documents, queries = _blocks((d_NTE, d_mask), columns), _blocks((q_BQE, q_mask), rows)
     across = lambda document: jax.lax.map(lambda query: one((query, document)), queries)
-    scores, places = jax.lax.map(across, documents)  # [columns' blocks, rows' blocks, R, C, ...]
-    join = lambda x: jnp.moveaxis(x, 0, 2).reshape(x.shape[1] * x.shape[2], -1, *x.shape[4:])[:b, :n]
-    return join(scores), join(places)
+    found = jax.lax.map(across, documents)  # [documents' blocks, queries' blocks, C, R, ...]
+    join = lambda x: x.swapaxes(1, 2).reshape(x.shape[0] * x.shape[2], -1, *x.shape[4:])[:n, :b]
+    return jax.tree.map(join, found)
 
 
-def _gradients(tile: int, q_BQE, d_NTE, q_mask, places_BNQ, g_BN) -> tuple[Float[Array, "B Q E"], Float[Array, "N T E"]]:
+def _gradients(tile: int, q_BQE, d_NTE, q_mask, places_NBQ, g_NB) -> tuple[Float[Array, "B Q E"], Float[Array, "N T E"]]:
     """What the score's cotangents say to queries and documents: each query token moves with its best document token, a tile of
     documents at a time."""
-    weight_BNQ = jnp.where(q_mask[:, None], g_BN[..., None], 0)
+    weight_NBQ = jnp.where(q_mask[None], g_NB[..., None], 0)
     _, columns = _sizes(tile, q_BQE, d_NTE)
-    moved = lambda x: _blocks(jnp.moveaxis(x, 1, 0), columns)
 
     def one(dq_BQE, block):
         d_CTE, place_CBQ, weight_CBQ = block
         add = jax.lax.platform_dependent(q_BQE, d_CTE, place_CBQ, weight_CBQ, cpu=_by_place, default=_by_product)
         return dq_BQE + add[0], add[1]
 
-    dq_BQE, dd = jax.lax.scan(one, jnp.zeros_like(q_BQE), (_blocks(d_NTE, columns), moved(places_BNQ), moved(weight_BNQ)))
+    blocks = _blocks((d_NTE, places_NBQ, weight_NBQ), columns)
+    dq_BQE, dd = jax.lax.scan(one, jnp.zeros_like(q_BQE), blocks)
     return dq_BQE, dd.reshape(-1, *d_NTE.shape[1:])[: len(d_NTE)]
 
 
@@ -167,14 +170,10 @@ def _by_product(q_BQE, d_CTE, place_CBQ, weight_CBQ):
     return dq_BQE, jnp.einsum("cbqt,bqe->cte", chosen_CBQT, q_BQE, precision=HIGHEST)
 
 
-def _best(product: Float[Array, "*n T"], mask: Bool[Array, "*m T"]) -> Float[Array, "*n T"]:
-    return jnp.where(mask, product, -jnp.inf)
-
-
-def _summed(best: Float[Array, "B Q N"], q_mask: Bool[Array, "B Q"], d_mask: Bool[Array, "N T"]) -> Float[Array, "B N"]:
+def _summed(best: Float[Array, "N B Q"], q_mask: Bool[Array, "B Q"], d_mask: Bool[Array, "N T"]) -> Float[Array, "N B"]:
     """The best of a document without tokens is -inf, which must reach neither the sum nor its gradient."""
-    counts = q_mask[..., None] & d_mask.any(-1)[None, None]
-    return jnp.where(counts, best, 0).sum(1)
+    counts = q_mask[None] & d_mask.any(-1)[:, None, None]
+    return jnp.where(counts, best, 0).sum(-1)
 
 
 def _sizes(tile: int, q_BQE: Array, d_NTE: Array) -> tuple[int, int]:
