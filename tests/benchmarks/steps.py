@@ -1,7 +1,7 @@
 """The trainer's own training step of a config, on columns that are given: for the scripts beside this file."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,14 @@ from embedjax.config import Config
 class Step:
     """A compiled step of a config with one data set, on the first device, and its state; random weights but for `towers`."""
 
-    def __init__(self, config: Config, columns: Mapping[str, Any], towers: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        config: Config,
+        columns: Mapping[str, Any],
+        towers: Mapping[str, Any] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.clock = clock
         config = build.resolve(config)
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
         made, (task,) = build.parts(config, mesh), config.data.sets
@@ -34,11 +41,11 @@ class Step:
         self.metrics: dict[str, jax.Array] = {}
 
     def __call__(self) -> float:
-        """Takes a step; its seconds."""
-        start = time.perf_counter()
+        """Takes a step; its seconds by the clock."""
+        start = self.clock()
         self.state, self.metrics = self.compiled(self.state, {}, self.columns)
         jax.block_until_ready((self.state, self.metrics))
-        return time.perf_counter() - start
+        return self.clock() - start
 
     @property
     def loss(self) -> float:
