@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from embedjax.models.embedder import Embedder, build_embedder
 from embedjax.models.families import family_of
 from embedjax.models.image import ImageEmbedder
 from embedjax.objective import combine
+from embedjax.objective.inbatch import first_scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,33 +48,38 @@ class Model:
 
 def load(name: str | Path) -> Model:
     """The model of a run folder (its newest save; RUN@best, RUN@500, ... as `saves` reads them), of an exported,
-    sentence-transformers or Hugging Face folder, or of a hub id. A Router, and a folder of two models `query` and `document`,
-    give two towers. Raises ConfigError when it is none of these."""
+    sentence-transformers, Hugging Face or open_clip folder, or of a hub id. A Router, and a folder of two models `query` and
+    `document`, give two towers; a model of pictures and texts two that search pictures by texts. Raises ConfigError when it is
+    none of these."""
     if is_run(Path(name)):
         return _from_run(Path(name), "")
     run, _, which = str(name).rpartition("@")
     if run and is_run(Path(run)):
         return _from_run(Path(run), which)
     folder = folders.resolve(str(name))
-    if len(pictures.sides(folder)) == 2:
-        return _from_pair(folder, str(name))
     routes = layout.routes(folder)
-    towers = {name: folders.read_tower(part) for name, part in (routes or {"text": folder}).items()}
-    params = {"towers": {name: folders.read_params(tower.init, tower) for name, tower in towers.items()}}
-    tokenizers = {name: Path(tower.tokenizer) for name, tower in towers.items()}
-    texts = {name: make_texts(tower, tokenizers[name]) for name, tower in towers.items()}
-    columns = {column: role for role, column in ROLES.items()} if routes else {}
-    return assemble(configs.Model({**towers}, columns), params, texts, tokenizers, str(name), heads=read_heads(folder))
+    found = None if routes else pictures.find(folder)
+    parts = routes or dict.fromkeys(found.parts if found else ("text",), folder)
+    towers = {side: _read_side(part, side) for side, part in parts.items()}
+    params = found.params() if found else {"towers": {side: _read_params(tower) for side, tower in towers.items()}}
+    tokenizers = {side: Path(tower.tokenizer) for side, tower in towers.items() if isinstance(tower, Tower)}
+    texts = {side: make_texts(tower, tokenizers[side]) for side, tower in towers.items() if isinstance(tower, Tower)}
+    sides = {"anchor": "text", "positive": "image"} if "image" in parts else {column: role for role, column in ROLES.items()}
+    model = configs.Model({**towers}, sides if len(parts) > 1 else {})
+    details = {"loss": params["loss"]} if "loss" in params else {}
+    return assemble(model, params, texts, tokenizers, str(name), details, heads=read_heads(folder))
 
 
-def _from_pair(folder: Path, origin: str) -> Model:
-    """A model of pictures and texts, which searches pictures by texts."""
-    image, text = pictures.read_image_tower(folder), folders.read_tower(folder)
-    params = {"image": pictures.read_params(folder, "image", image.arch), "text": folders.read_params(folder, text)}
-    tokenizers = {"text": Path(text.tokenizer)}
-    texts = {"text": make_texts(text, tokenizers["text"])}
-    model = configs.Model({"image": image, "text": text}, {"anchor": "text", "positive": "image"})
-    return assemble(model, {"towers": params}, texts, tokenizers, origin)
+def _read_side(folder: Path, side: str) -> Tower | ImageTower:
+    found = pictures.find(folder) if side in ROLES else None
+    image = side == "image" or (found is not None and "text" not in found.parts)
+    return pictures.read_image_tower(folder) if image else folders.read_tower(folder)
+
+
+def _read_params(tower: Tower | ImageTower) -> dict[str, Any]:
+    if isinstance(tower, ImageTower):
+        return pictures.read_params(Path(tower.init), "image", tower.arch)
+    return folders.read_params(tower.init, tower)
 
 
 def assemble(
@@ -269,8 +276,21 @@ def _from_run(path: Path, which: str) -> Model:
     texts = {
         name: make_texts(tower, tokenizers[name]) for name, tower in config.model.towers.items() if isinstance(tower, Tower)
     }
-    details = {"config": config, "step": step, "run": str(path)}
+    details = {"config": config, "step": step, "run": str(path), "loss": scale_and_bias(config, params)}
     return assemble(config.model, params, texts, tokenizers, str(path), details, heads_of(config, params))
+
+
+def scale_and_bias(config: configs.Config, params: Mapping) -> dict[str, float]:
+    """The logarithm of the factor on a run's cosines, and what is added to them: {"scale", "bias"}, as the first in-batch loss
+    has or has learned them; {} without one."""
+    losses = [loss for task in config.data.sets for loss in (task.loss, *getattr(task.loss, "losses", ()))]
+    first = next((loss for loss in losses if isinstance(loss, configs.InBatch)), None)
+    if first is None:
+        return {}
+    found = {"scale": math.log(first_scale(first, config.model))}
+    found |= {"bias": first.bias} if isinstance(first, configs.Siglip) else {}
+    learned = params.get("loss", {})
+    return found | {name: float(np.asarray(learned[name])) for name in ("scale", "bias") if name in learned}
 
 
 def heads_of(config: configs.Config, params: Mapping) -> dict[str, Head]:

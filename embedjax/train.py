@@ -19,7 +19,16 @@ from embedjax.config.errors import Saved
 from embedjax.data.sources import manifest
 from embedjax.evaluate import report, tasks
 from embedjax.export import export
-from embedjax.load import Model, assemble, best_metric, heads_of, read_constants, tokenizer_folders, write_constants
+from embedjax.load import (
+    Model,
+    assemble,
+    best_metric,
+    heads_of,
+    read_constants,
+    scale_and_bias,
+    tokenizer_folders,
+    write_constants,
+)
 from embedjax.metrics.pace import peak_flops
 from embedjax.metrics.progress import Progress, Status
 from embedjax.metrics.writers import Writer
@@ -74,7 +83,8 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
 
         def model(step: int, place: Callable = lambda params: params) -> Model:
             params = place(combine(weights(state), constants))
-            details = {"config": config, "step": step, "run": str(folder)}
+            loss = scale_and_bias(config, params)
+            details = {"config": config, "step": step, "run": str(folder), "loss": loss}
             tokenizers, heads = tokenizer_folders(folder, config.model), heads_of(config, params)
             return assemble(config.model, params, run.texts, tokenizers, str(folder), details, heads)
 
@@ -177,8 +187,8 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
                 if first:
                     texts = [text for row in run.batches.decoded(0, 64) for text, _ in row.values()]
                     difference = export(
-                        final, exported, config.export.format, texts=texts, scores=scores, replace=True, title=config.name,
-                        adapter=config.export.adapter,
+                        final, exported, config.export.format, texts=texts, pictures=run.batches.pictures(0, 64),
+                        scores=scores, replace=True, title=config.name, adapter=config.export.adapter,
                     )  # fmt: skip
                     status.line(f"exported {_shown(exported)} (parity: largest difference {difference:.0e})")
         if config.evaluate.baseline:

@@ -291,3 +291,29 @@ def test_pictures_learn_what_they_show(config, tmp_path):
     )
     # 16 queries, two right pictures each among 32: chance finds one of the two first in 6 % of the cases.
     assert train(longer, tmp_path / "run").scores["new/success@1"] > 0.5
+
+
+@pytest.mark.parametrize("format", ["sentence-transformers", "hf", "open-clip"])
+def test_a_run_ends_with_a_folder(format, config, tmp_path):
+    """With the run's own pictures in its reference, and the scale that was learned."""
+    towers = dict(config.model.towers)
+    if format != "sentence-transformers":
+        clip = {"input_norm": True, "patch_bias": False, "activation": "gelu"}
+        towers["image"] = dataclasses.replace(towers["image"], arch=dataclasses.replace(towers["image"].arch, **clip))
+        sizes = {"vocab_size": 96, "width": 16, "depth": 1, "heads": 2, "mlp": 32, "positions": 16}
+        arch = c.ClipText(**sizes, pad_id=0, eos_id=3, activation="gelu")
+        towers["text"] = dataclasses.replace(towers["text"], arch=arch, pooling="lasttoken")
+    model = dataclasses.replace(config.model, towers=towers)
+    short = dataclasses.replace(config, model=model, steps=2, evaluate=c.Evaluate(), export=c.Export(format))
+    result = train(short, tmp_path / "run")
+    run, read = load(tmp_path / "run"), load(result.exported)
+    file = str(tmp_path / "5.png")
+    for one, column in ((file, "document"), ("red bar", "query")):
+        np.testing.assert_allclose(encode(read, [one], column=column), encode(run, [one], column=column), atol=1e-5)
+    if format != "sentence-transformers":
+        assert float(read.details["loss"]["scale"]) == pytest.approx(run.details["loss"]["scale"], abs=1e-6)
+        assert run.details["loss"]["scale"] != pytest.approx(np.log(1 / 0.07), abs=1e-6)
+    kept = [Image.open(path).size for path in sorted((result.exported / "parity").iterdir())]
+    assert len(kept) == 64 and kept[:16] == [(30, 24)] * 16
+    with pytest.raises(ConfigError, match="a Bert pooled by 'mean'"):
+        build.resolve(dataclasses.replace(config, export=c.Export("hf")))

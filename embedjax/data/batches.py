@@ -14,7 +14,7 @@ from jaxtyping import Int
 from embedjax.config import Data
 from embedjax.config.errors import ConfigError, DataError
 from embedjax.data.bad import BadRecords, stand_ins
-from embedjax.data.columns import Layout, Values, hash_texts, make_layout, read_rows, tower_column
+from embedjax.data.columns import Layout, Picture, Values, hash_texts, make_layout, read_rows, tower_column
 from embedjax.data.image import Images, hash_pictures
 from embedjax.data.lengths import length_index
 from embedjax.data.mined import Mined
@@ -187,6 +187,15 @@ class Batches:
                 shown[name] = (text, self.texts[tower].tokenizer.decode(ids, skip_special_tokens=False))
             result.append(shown)
         return result
+
+    def pictures(self, step: int = 0, rows: int = 3) -> list[bytes]:
+        """The encoded pictures of this process' first rows of a step, [] without such columns."""
+        if not self.images:
+            return []
+        draw = self.order.at(step)
+        part = slice(self._mine.start, min(self._mine.start + rows, self._mine.stop))
+        found = (value for values in self._values(None, draw, part) for value in values.values())
+        return [value.encoded for value in found if isinstance(value, Picture)]
 
     def _values(self, step: int | None, draw: Draw, part: slice) -> list[Values]:
         """The values of a part of the rows of a step's draw, in order."""

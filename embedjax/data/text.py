@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int32
-from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Encoding, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from embedjax.config.errors import ConfigError, DataError, nearest
 from embedjax.config.late import Late, Side
@@ -38,6 +38,14 @@ ROLES = {
 }
 # Pre-tokenizers after which no token spans a space, so the tokens before a space do not depend on what follows it.
 SPACE_SPLITTERS = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}
+SPACES = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+CLEANINGS: dict[str, list[normalizers.Normalizer]] = {  # by open_clip's names
+    "whitespace": [],
+    "lower": [normalizers.Lowercase(), *SPACES],
+    "canonicalize": [
+        normalizers.Replace("_", " "), normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), ""), normalizers.Lowercase(), *SPACES,
+    ],
+}  # fmt: skip
 CHARS_PER_TOKEN = 6  # characters tried first for each token wanted; English has 4 to 5, code 4
 
 
@@ -263,20 +271,39 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
         raise ConfigError(f"{file if file.is_file() else place}: the tokenizer cannot be read: {reason}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if cleaning := _cleaning(place):
+        parts = [tokenizer.normalizer] if tokenizer.normalizer else []
+        tokenizer.normalizer = normalizers.Sequence([*cleaning, *parts])
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int, source: str | Path | None = None) -> None:
+def _cleaning(place: Path) -> list[normalizers.Normalizer]:
+    """What open_clip does to a text before a folder's tokenizer sees it, as far as its config asks for it: SigLIP's texts have
+    no capitals and no punctuation. The repair of broken characters, which it does to every text, is left out."""
+    file = place / "open_clip_config.json"
+    try:
+        config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        how = ((config.get("model_cfg") or {}).get("text_cfg") or {}).get("tokenizer_kwargs", {}).get("clean", "whitespace")
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{file} is not readable: {' '.join(str(error).split())}") from error
+    if how not in CLEANINGS:
+        raise ConfigError(f"{file}: clean is {how!r}; {nearest(str(how), CLEANINGS)}")
+    return CLEANINGS[how]
+
+
+def save_tokenizer(
+    tokenizer: Tokenizer, folder: str | Path, *, max_length: int, source: str | Path | None = None, fills: bool = False
+) -> None:
     """Write a tokenizer so that transformers and sentence-transformers load it from `folder`.
 
     Files of `source`, the folder or tokenizer.json (or hub id) it was loaded from, are copied as they are; what they lack
-    is written. `max_length` becomes the tokenizer's model_max_length.
+    is written. `max_length` becomes the tokenizer's model_max_length. With `fills` padding is not told from text.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if source is not None:
         _copy(_place(source), folder)
-    if not (folder / "tokenizer.json").exists():
+    if not (folder / "tokenizer.json").exists() or (source is not None and _cleaning(_place(source))):
         tokenizer.save(str(folder / "tokenizer.json"))
     config_file = folder / "tokenizer_config.json"
     tokens = {
@@ -289,7 +316,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int,
     if not (folder / "special_tokens_map.json").exists():
         _write_json(folder / "special_tokens_map.json", tokens)
     config = json.loads(config_file.read_text("utf-8")) if config_file.exists() else {**_class(tokenizer), **tokens}
-    _write_json(config_file, {**config, "model_max_length": max_length})
+    unmasked = {"model_input_names": ["input_ids"]} if fills else {}
+    _write_json(config_file, {**config, **unmasked, "model_max_length": max_length})
 
 
 def add_tokens(tokenizer: Tokenizer, tokens: Iterable[str], vocab_size: int) -> None:

@@ -4,34 +4,53 @@ import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from embedjax import config as configs
-from embedjax.config import Static, Tower
+from embedjax.config import ClipText, ImageTower, SiglipText, Static, Tower
 from embedjax.config.errors import ConfigError, StorageError, nearest
 from embedjax.data.text import save_tokenizer, save_truncating
 from embedjax.export import card, gate
 from embedjax.load import Model, adapted
-from embedjax.models import written
+from embedjax.models import clip, written, written_pictures
 from embedjax.models.classifier import write_heads
 from embedjax.models.embedder import build_embedder
+from embedjax.models.joint import Part
+from embedjax.models.written_pictures import FORMATS
 
-FORMATS = ("sentence-transformers", "hf")
+Kind = TypeVar("Kind", Tower, ImageTower)
 
 
 def check_format(model: configs.Model, format: str) -> None:
-    """Raises ConfigError for an unknown format, and for towers that it does not hold."""
+    """Raises ConfigError for an unknown format, and for resolved towers that it does not hold."""
     if format not in FORMATS:
         raise ConfigError(f"unknown export format {format!r}; {nearest(format, FORMATS)}")
     if model.late:
         raise ConfigError('late interaction is exported in no format yet; set export.format to "none"')
-    for name in model.routes.values():
-        if name not in model.texts:
-            raise ConfigError(f'tower {name!r} is one of pictures, which no format here holds; set export.format to "none"')
-        if format == "hf" and isinstance(model.towers[name].arch, Static):
-            raise ConfigError(f"tower {name!r} is a static table, which is no Hugging Face model; write sentence-transformers")
+    towers = [model.towers[name] for name in model.routes.values()]
+    images = [tower for tower in towers if isinstance(tower, ImageTower)]
+    texts = [tower for tower in towers if isinstance(tower, Tower)]
+    if len(images) > 1:
+        raise ConfigError("the model has two image towers, which no format here holds")
+    if images:
+        written_pictures.check(format, images[0], texts[0] if texts else None)
+    elif format == "open-clip":
+        raise ConfigError("open_clip's models have a tower of pictures beside that of texts; write hf or sentence-transformers")
+    elif format == "sentence-transformers":
+        for tower in texts:
+            written.check_tower(tower)
+    elif format == "hf":
+        for name in model.routes.values():
+            arch = model.towers[name].arch
+            if isinstance(arch, SiglipText):
+                clip.to_hf({"text": Part(arch, model.towers[name].dense or ())})
+            if isinstance(arch, Static):
+                raise ConfigError(
+                    f"tower {name!r} is a static table, which is no Hugging Face model; write sentence-transformers"
+                )
 
 
 def export(
@@ -40,18 +59,22 @@ def export(
     format: str = "sentence-transformers",
     *,
     texts: Sequence[str] = (),
+    pictures: Sequence[bytes] = (),
     scores: Mapping[str, float] | None = None,
     replace: bool = False,
     title: str = "",
     adapter: str = "",
 ) -> float:
-    """Writes the model as a folder and compares it with the model on at least 256 texts, among them `texts`.
+    """Writes the model as a folder and compares it with the model on at least 256 texts and 64 pictures, as far as it takes
+    them, among them `texts` and `pictures` (encoded).
 
-    "sentence-transformers" is the legacy spelling every server reads; "hf" the bare encoder, tokenizer and config. Of a query
-    and a document tower each is a folder of that kind, FOLDER/query and FOLDER/document; "sentence-transformers" joins them as
-    a Router. Class heads go beside it. Of several adapters `adapter` names that which is merged into the kernels. The folder is
-    put in place whole, after the gate. Returns the largest difference; raises CheckFailed above 1e-4, StorageError when the
-    folder exists (unless `replace`), ConfigError for an unknown format or adapter, or other towers.
+    "sentence-transformers" is the legacy spelling every server reads; "hf" the bare encoder, tokenizer and config; "open-clip"
+    what open_clip loads. Of a query and a document tower each is a folder of that kind, FOLDER/query and FOLDER/document;
+    "sentence-transformers" joins them as a Router. A tower of pictures and one of texts are one CLIPModel or SiglipModel where
+    they can be; else "sentence-transformers" has a Router, FOLDER/text and FOLDER/image. Class heads go beside it. Of several
+    adapters `adapter` names that which is merged into the kernels. The folder is put in place whole, after the gate. Returns
+    the largest difference; raises CheckFailed above 1e-4, StorageError when the folder exists (unless `replace`), ConfigError
+    for an unknown format or adapter, or other towers.
     """
     folder = folder.absolute()
     check_format(model.config, format)
@@ -62,40 +85,65 @@ def export(
         raise StorageError(f"{folder}: exists and is not empty; choose another folder")
     part = folder.with_name(folder.name + ".partial")
     shutil.rmtree(part, ignore_errors=True)
-    towers = {route: _part(model, name) for route, name in model.config.routes.items()}
-    if format == "hf":
-        for route, tower in towers.items():
-            written.write_hf(part if len(towers) == 1 else part / route, *tower[:2], write_tokenizer=tower[2])
-    elif len(towers) == 1:
-        tower = towers["text"]
-        written.write_sentence_transformers(part, *tower[:2], write_tokenizer=tower[2])
-    else:
-        written.write_router(part, towers)
-    shown = _headless(model) if format == "hf" else model
+    _write(model, part, format)
+    shown = model if format == "sentence-transformers" else _headless(model)
     write_heads(part, shown.heads)
     (part / "README.md").write_text(card.card(shown, title or folder.name, scores, format))
-    difference = gate.write(_exact(shown), part, texts)
+    difference = gate.write(_exact(shown), part, texts, pictures)
     if folder.exists():
         shutil.rmtree(folder)
     part.rename(folder)
     return difference
 
 
-def _part(model: Model, name: str) -> written.Part:
+def _write(model: Model, folder: Path, format: str) -> None:
+    """The folder without its card."""
+    towers = {route: _text(model, name) for route, name in model.config.routes.items() if name in model.texts}
+    if name := next((name for name in model.config.routes.values() if name not in model.texts), None):
+        image, params = model.config.towers[name], _host(model.params["towers"][name])
+        assert isinstance(image, ImageTower)
+        if format == "hf" and not towers:
+            image = _bare(image)
+            params = params if image.dense else {"encoder": params["encoder"]}
+        both = written_pictures.Towers((image, params), next(iter(towers.values()), None), model.details.get("loss", {}))
+        write = {"hf": written_pictures.write_hf, "open-clip": written_pictures.write_open_clip}
+        write.get(format, written_pictures.write_sentence_transformers)(folder, both)
+    elif format == "hf":
+        for route, part in towers.items():
+            place = folder if len(towers) == 1 else folder / route
+            if isinstance(part[0].arch, ClipText | SiglipText):
+                bare = _bare(part[0])
+                params = part[1] if bare.dense else {"encoder": part[1]["encoder"]}
+                written_pictures.write_hf(place, written_pictures.Towers(text=(bare, params, part[2])))
+            else:
+                written.write_hf(place, *part[:2], write_tokenizer=part[2])
+    elif len(towers) == 1:
+        tower = towers["text"]
+        written.write_sentence_transformers(folder, *tower[:2], write_tokenizer=tower[2])
+    else:
+        written.write_router(folder, towers)
+
+
+def _text(model: Model, name: str) -> written.Part:
     tower, texts = model.config.texts[name], model.texts[name]
 
     def write_tokenizer(where: Path) -> None:
         if isinstance(tower.arch, Static):
             save_truncating(texts.tokenizer, where, max_length=texts.max_length)
         else:
-            save_tokenizer(texts.tokenizer, where, max_length=texts.max_length, source=model.tokenizers[name])
+            source = model.tokenizers[name]
+            save_tokenizer(texts.tokenizer, where, max_length=texts.max_length, source=source, fills=texts.fills)
 
-    return tower, jax.tree.map(np.asarray, model.params["towers"][name]), write_tokenizer
+    return tower, _host(model.params["towers"][name]), write_tokenizer
+
+
+def _host(params: Mapping[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(np.asarray, dict(params))
 
 
 def _finished(model: Model) -> Model:
     """The model without the towers that only guided its training."""
-    keep = lambda tree: {name: tree[name] for name in model.config.encoders}
+    keep = lambda tree: {name: tree[name] for name in model.config.encoders if name in tree}
     return dataclasses.replace(
         model,
         config=dataclasses.replace(model.config, towers=keep(model.config.towers)),
@@ -108,20 +156,43 @@ def _finished(model: Model) -> Model:
 
 def _exact(model: Model) -> Model:
     """The model computing in float32: the gate judges the weights written, not the type they were trained in."""
-    exact = {name: dataclasses.replace(tower, compute="float32") for name, tower in model.config.texts.items()}
-    return _with(model, exact)
+    return _with(model, {name: dataclasses.replace(tower, compute="float32") for name, tower in model.config.towers.items()})
 
 
 def _headless(model: Model) -> Model:
-    """The model as a reader of bare encoders has it: mean pooling, cosines of length 1, no projection, no prompts."""
+    """The model as a reader of bare encoders has it, or of towers of texts and pictures: cosines of length 1, no prompts."""
+    joined = len({type(model.config.towers[name]) for name in model.config.routes.values()}) > 1
+    towers: dict[str, Tower | ImageTower] = {}
+    for name, tower in model.config.towers.items():
+        towers[name] = _bare(tower, joined=joined) if isinstance(tower, Tower) else _bare(tower, joined=joined)
+    params = {
+        name: params if towers[name].dense else {"encoder": params["encoder"]}
+        for name, params in model.params["towers"].items()
+    }
     plain = {"prompts": {}, "default_prompt": None, "include_prompt": True}
-    head = {"pooling": "mean", "dense": (), "normalize": True, "similarity": "cosine"}
-    towers = {name: dataclasses.replace(tower, **head, **plain) for name, tower in model.config.texts.items()}
-    params = {name: {"encoder": params["encoder"]} for name, params in model.params["towers"].items()}
     texts = {name: dataclasses.replace(texts, **plain) for name, texts in model.texts.items()}
     return dataclasses.replace(_with(model, towers), params={"towers": params}, texts=texts, heads={})
 
 
-def _with(model: Model, towers: dict[str, Tower]) -> Model:
+def _bare(tower: Kind, *, joined: bool = False) -> Kind:
+    """A tower as its reader has it: without projections, and texts pooled by the mean, where its kind, or that of the two
+    `joined`, has none of its own."""
+    changes: dict[str, Any] = {"normalize": True, "similarity": "cosine"}
+    if isinstance(tower, Tower):
+        own = isinstance(tower.arch, ClipText | SiglipText)
+        changes |= {"prompts": {}, "default_prompt": None, "include_prompt": True, "pooling": clip.POOLING if own else "mean"}
+    return dataclasses.replace(tower, **changes, dense=tower.dense if joined or _holds(tower) else ())
+
+
+def _holds(tower: Tower | ImageTower) -> bool:
+    """Whether Hugging Face's model of a tower alone has its projections."""
+    try:
+        clip.to_hf(written_pictures.parts_of(*(tower, None) if isinstance(tower, ImageTower) else (None, tower)))
+    except ConfigError:
+        return False
+    return True
+
+
+def _with(model: Model, towers: dict[str, Tower | ImageTower]) -> Model:
     config = dataclasses.replace(model.config, towers=towers)
     return dataclasses.replace(model, config=config, embedders={name: build_embedder(t) for name, t in towers.items()})

@@ -4,55 +4,35 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from embedjax.config import Config, Set, Static, Tower, serialize
+from embedjax.config import Config, ImageTower, ModifiedResnet, Resnet, Set, Static, Tower, Vit, serialize
+from embedjax.export.usage import LIBRARIES, TASKS, usage
 from embedjax.load import Model
 from embedjax.models.families.static import LONGEST
 from embedjax.models.written import shared_prompts
 
 HEAD = """---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags: [sentence-transformers, sentence-similarity, feature-extraction, embedjax]
+library_name: {library}
+pipeline_tag: {task}
+tags: [{tags}]
 ---
 
 # {title}
 
-Maps texts to vectors of {width} dimensions, {unit}. Trained with embedjax.
+Maps {what} to vectors of {width} dimensions, {unit}. Trained with embedjax.
 
 {towers}
 
 ## Use
 
 ```python
-from sentence_transformers import SentenceTransformer
-
 {use}
 ```
 """
 
-MODEL = """model = SentenceTransformer("path/to/{title}")
-"""
-USE = {
-    "text": MODEL
-    + """vectors = model.encode(["a text", "another text"])
-print(model.similarity(vectors, vectors))""",
-    "query": MODEL
-    + """queries = model.encode_query(["what is looked for"])
-documents = model.encode_document(["a text", "another text"])
-print(model.similarity(queries, documents))""",
-    "bare": MODEL
-    + """vectors = model.encode(["a text", "another text"], normalize_embeddings=True)
-print(model.similarity(vectors, vectors))""",
-    "bare query": """query, document = (SentenceTransformer(f"path/to/{title}/{{side}}") for side in ("query", "document"))
-queries = query.encode(["what is looked for"], normalize_embeddings=True)
-documents = document.encode(["a text", "another text"], normalize_embeddings=True)
-print(document.similarity(queries, documents))""",
-}
-
 
 def card(model: Model, title: str, scores: Mapping[str, float] | None = None, format: str = "sentence-transformers") -> str:
     """The card of a folder of a format, as Markdown with the front matter the Hugging Face hub reads."""
-    routes = {route: model.config.texts[name] for route, name in model.config.routes.items()}
+    routes = {route: model.config.towers[name] for route, name in model.config.routes.items()}
     parts = [_head(routes, title, format)]
     config = model.details.get("config")
     if isinstance(config, Config):
@@ -60,41 +40,76 @@ def card(model: Model, title: str, scores: Mapping[str, float] | None = None, fo
     if scores:
         rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in scores.items())
         parts.append(f"## Scores\n\n| metric | value |\n|---|---|\n{rows}\n")
-    prompts = shared_prompts(routes) if len(routes) > 1 else routes["text"].prompts or {}
+    texts = {route: tower for route, tower in routes.items() if isinstance(tower, Tower)}
+    prompts = shared_prompts(texts) if len(texts) > 1 else next((tower.prompts or {} for tower in texts.values()), {})
     if prompts := {key: value for key, value in prompts.items() if value}:
         rows = "\n".join(f"| {key} | `{value}` |" for key, value in prompts.items())
         parts.append(f"## Prompts\n\n| name | put before the text |\n|---|---|\n{rows}\n")
     return "\n".join(parts)
 
 
-def _head(routes: Mapping[str, Tower], title: str, format: str) -> str:
+def _head(routes: Mapping[str, Tower | ImageTower], title: str, format: str) -> str:
     towers, (first, *_) = routes.values(), routes.values()
     units = {"of length 1" if tower.normalize else "not normalised" for tower in towers}
-    columns = ["", *(f"{route} tower" for route in routes)] if len(routes) > 1 else ["", ""]
-    facts = {
+    names = {route: _seen(tower) if len({*map(type, towers)}) > 1 else route for route, tower in routes.items()}
+    columns = ["", *(f"{name} tower" for name in names.values())] if len(routes) > 1 else ["", ""]
+    facts: dict[str, list[str]] = {
         "architecture": [_sizes(tower) for tower in towers],
-        "longest text": ["any" if tower.max_length == LONGEST else f"{tower.max_length} tokens" for tower in towers],
-        "pooling": [str(tower.pooling) for tower in towers],
+        "longest text": [_longest(tower) for tower in towers],
+        "pictures": [_pixels(tower) for tower in towers],
+        "pooling": [_pooling(tower) for tower in towers],
         "similarity": [tower.similarity or "cosine" for tower in towers],
     }
-    rows = [columns, ["---"] * len(columns), *([name, *values] for name, values in facts.items())]
+    rows = [columns, ["---"] * len(columns), *([name, *values] for name, values in facts.items() if any(values))]
     searches = len(routes) > 1 or "query" in (first.prompts or {})
-    use = ("bare query" if searches else "bare") if format == "hf" else "query" if searches else "text"
+    seen = {_seen(tower) for tower in towers}
+    kind = " and ".join(sorted(seen, reverse=True))
+    library = LIBRARIES[format] if "picture" in seen else LIBRARIES["sentence-transformers"]
     return HEAD.format(
+        library=library,
+        task=TASKS[kind],
+        tags=", ".join(dict.fromkeys([library, TASKS[kind], "feature-extraction", "embedjax"])),
         title=title,
+        what=" and ".join(f"{name}s" for name in sorted(seen, reverse=True)),
         width=first.width,
         unit=units.pop() if len(units) == 1 else "of length 1 or not, by tower",
         towers="\n".join(f"| {' | '.join(row)} |" for row in rows),
-        use=USE[use].format(title=title),
+        use=usage(kind, format, searches=searches, title=title),
     )
 
 
-def _sizes(tower: Tower) -> str:
+def _seen(tower: Tower | ImageTower) -> str:
+    return "picture" if isinstance(tower, ImageTower) else "text"
+
+
+def _longest(tower: Tower | ImageTower) -> str:
+    if isinstance(tower, ImageTower):
+        return ""
+    return "any" if tower.max_length == LONGEST else f"{tower.max_length} tokens"
+
+
+def _pixels(tower: Tower | ImageTower) -> str:
+    if not isinstance(tower, ImageTower) or tower.pixels is None or tower.arch is None:
+        return ""
+    fit = "the middle cut out" if tower.pixels.fit == "crop" else "both sides scaled"
+    return f"{tower.arch.image} x {tower.arch.image} pixels, {fit}, {tower.pixels.interpolation}"
+
+
+def _pooling(tower: Tower | ImageTower) -> str:
+    if isinstance(tower, ImageTower):
+        return tower.arch.pool if isinstance(tower.arch, Vit) else "map" if isinstance(tower.arch, ModifiedResnet) else "mean"
+    return str(tower.pooling)
+
+
+def _sizes(tower: Tower | ImageTower) -> str:
     arch = tower.arch
     if isinstance(arch, Static):
         return f"static table of {arch.vocab_size} tokens, width {arch.width}"
     assert arch is not None
-    return f"{type(arch).__name__}: {arch.depth} layers, width {arch.width}, {arch.heads} heads"
+    if isinstance(arch, Resnet | ModifiedResnet):
+        return f"{type(arch).__name__}: {arch.depth} blocks, width {arch.width}"
+    patches = f", patches of {arch.patch} pixels" if isinstance(arch, Vit) else ""
+    return f"{type(arch).__name__}: {arch.depth} layers, width {arch.width}, {arch.heads} heads{patches}"
 
 
 def _training(config: Config, step: Any) -> str:

@@ -1,26 +1,29 @@
 """The parity gate: the exported folder, read back, must give the vectors of the model it was written from."""
 
-import functools
-import importlib.util
+import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from embedjax.config import ROLES
+from embedjax.config import ImageTower
 from embedjax.config.errors import CheckFailed, ConfigError
+from embedjax.data.image import decode
 from embedjax.data.text import Texts
-from embedjax.evaluate.encode import encode
-from embedjax.load import Model, load
+from embedjax.export.consumers import PICTURE_READERS, READERS, Tried, by_embedjax, vectors, ways
+from embedjax.load import Model
 
 TOLERANCE = 1e-4
 TEXTS = 256
+PICTURES = 64
 LONGEST = 8192
 """Tokens of the longest text that is tried where the tower takes any."""
+FOLDER = "parity"
+"""Where the pictures lie that were tried."""
 
 
 def sample_texts(texts: Texts, count: int = TEXTS, seed: int = 0) -> list[str]:
@@ -33,22 +36,72 @@ def sample_texts(texts: Texts, count: int = TEXTS, seed: int = 0) -> list[str]:
     return [text if text.strip() else "text" for text in decoded]
 
 
-def write(model: Model, folder: Path, texts: Sequence[str] = ()) -> float:
+def sample_pictures(size: int, count: int = PICTURES, seed: int = 0) -> list[Image.Image]:
+    """Pictures of many shapes around a side of `size`: waves and noise of every colour."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        height, width = rng.integers(max(2, size * 3 // 4), size * 2, 2)
+        y, x = np.mgrid[:height, :width] / size
+        turn, phase = rng.uniform(-9, 9, (2, 3, 1, 1)), rng.uniform(0, 6, (3, 1, 1))
+        waves = np.sin(turn[0] * y + turn[1] * x + phase) * 90 + 128 + rng.normal(0, 20, (3, height, width))
+        made.append(Image.fromarray(np.clip(waves, 0, 255).astype(np.uint8).transpose(1, 2, 0)))
+    return made
+
+
+def _kept(encoded: bytes, size: int) -> Image.Image:
+    """A picture as it is kept: no larger than a reader has to scale it from."""
+    picture = decode(encoded)
+    picture.thumbnail((size * 2, size * 2), Image.Resampling.BICUBIC)
+    return picture
+
+
+def write(model: Model, folder: Path, texts: Sequence[str] = (), pictures: Sequence[bytes] = ()) -> float:
     """Compares the folder with the model on at least 256 texts, by every tower and with the prompts of queries and documents,
-    and leaves texts and vectors in it as its reference.
+    and on 64 pictures, and leaves texts, pictures and vectors in it as its reference. Where fewer are given, and to a half of
+    the texts always, they are made of random tokens and numbers.
 
     Raises CheckFailed when a component differs by more than 1e-4. Returns the largest difference.
     """
-    chosen = list(texts[: TEXTS // 2])
-    longest = max((model.texts[name] for name in model.config.routes.values()), key=lambda texts: texts.max_length)
-    chosen += sample_texts(longest, TEXTS - len(chosen))
-    wanted = _vectors(model, chosen, _ways(model))
-    difference = _embedjax(folder, chosen, wanted)
+    tried = Tried(_texts(model, texts), _pictures(model, pictures))
+    wanted = vectors(model, tried, ways(model))
+    difference = by_embedjax(folder, tried, wanted)
     save_file(wanted, folder / "parity.safetensors")
-    record = {"texts": chosen, "max_difference": difference, "tolerance": TOLERANCE}
+    record = {"texts": tried.texts, "pictures": len(tried.pictures), "max_difference": difference, "tolerance": TOLERANCE}
     (folder / "parity.json").write_text(json.dumps(record, indent=1, ensure_ascii=False))
+    for n, encoded in enumerate(tried.pictures):
+        (folder / FOLDER).mkdir(exist_ok=True)
+        _place(folder, n).write_bytes(encoded)
     judge(folder, {"embedjax": difference})
     return difference
+
+
+def _texts(model: Model, given: Sequence[str]) -> list[str]:
+    routes = [model.texts[name] for name in model.config.routes.values() if name in model.texts]
+    if not routes:
+        return []
+    chosen = list(given[: TEXTS // 2])
+    return chosen + sample_texts(max(routes, key=lambda texts: texts.max_length), TEXTS - len(chosen))
+
+
+def _pictures(model: Model, given: Sequence[bytes]) -> list[bytes]:
+    towers = [model.config.towers[name] for name in model.config.routes.values()]
+    sizes = [tower.arch.image for tower in towers if isinstance(tower, ImageTower) and tower.arch]
+    if not sizes:
+        return []
+    chosen = [_kept(encoded, sizes[0]) for encoded in given[:PICTURES]]
+    chosen += sample_pictures(sizes[0], PICTURES - len(chosen))
+    return [_png(picture) for picture in chosen]
+
+
+def _png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "png")
+    return file.getvalue()
+
+
+def _place(folder: Path, n: int) -> Path:
+    return folder / FOLDER / f"{n:02}.png"
 
 
 def check(folder: Path) -> dict[str, float | str]:
@@ -59,10 +112,11 @@ def check(folder: Path) -> dict[str, float | str]:
     try:
         record = json.loads((folder / "parity.json").read_text())
         wanted = load_file(folder / "parity.safetensors")
-        texts = record["texts"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        tried = Tried(record["texts"], [_place(folder, n).read_bytes() for n in range(record.get("pictures", 0))])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ConfigError(f"{folder}: no parity.json and parity.safetensors to check against ({error})") from error
-    return {name: reader(folder, texts, wanted) for name, reader in CONSUMERS.items()}
+    readers = READERS | (PICTURE_READERS if tried.pictures else {})
+    return {name: reader(folder, tried, wanted) for name, reader in readers.items()}
 
 
 def judge(folder: Path, found: Mapping[str, float | str]) -> None:
@@ -71,48 +125,3 @@ def judge(folder: Path, found: Mapping[str, float | str]) -> None:
         if not isinstance(difference, str) and not difference <= TOLERANCE:
             told = f"vectors read by {consumer} differ by {difference:.1e}; at most {TOLERANCE:.0e} is allowed"
             raise CheckFailed(f"{folder}: {told}")
-
-
-def _ways(model: Model) -> list[str]:
-    """How the vectors of a model are asked for: "query" and "document" of two towers; of one "vectors", and the two that it has
-    a prompt for."""
-    if len(model.config.routes) > 1:
-        return list(ROLES)
-    prompts = model.config.towers[model.config.routes["text"]].prompts or {}
-    return ["vectors", *(role for role in ROLES if role in prompts)]
-
-
-def _vectors(model: Model, texts: list[str], ways: Iterable[str]) -> dict[str, np.ndarray]:
-    # Accelerators multiply in less than float32 by default, and other readers may be on a CPU.
-    with jax.default_matmul_precision("highest"):
-        return {way: encode(model, texts, column="text" if way == "vectors" else way) for way in ways}
-
-
-def _difference(wanted: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> float:
-    if {name: x.shape for name, x in wanted.items()} != {name: x.shape for name, x in found.items()}:
-        return float("inf")
-    return float(np.max([np.abs(wanted[name] - found[name]).max() for name in wanted]))
-
-
-def _embedjax(folder: Path, texts: list[str], wanted: Mapping[str, np.ndarray]) -> float:
-    return _difference(wanted, _vectors(load(folder), texts, wanted))
-
-
-def _sentence_transformers(folder: Path, texts: list[str], wanted: Mapping[str, np.ndarray]) -> float | str:
-    if not (folder / "modules.json").exists():
-        return "does not read this format"
-    if importlib.util.find_spec("sentence_transformers") is None:
-        return "not installed"
-    from sentence_transformers import SentenceTransformer  # pyright: ignore[reportMissingImports]
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    model = SentenceTransformer(str(folder), device="cpu")
-    by_prompt = lambda role: functools.partial(model.encode, prompt_name=role)  # as older versions know it
-    by_tower = lambda role: getattr(model, f"encode_{role}")
-    by_role = by_prompt if "vectors" in wanted else by_tower
-    ways = {way: model.encode if way == "vectors" else by_role(way) for way in wanted}
-    return _difference(wanted, {way: ask(texts, show_progress_bar=False) for way, ask in ways.items()})
-
-
-CONSUMERS = {"embedjax": _embedjax, "sentence-transformers": _sentence_transformers}

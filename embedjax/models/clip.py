@@ -13,15 +13,16 @@ picture of another size is had by `vit.resized`.
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from embedjax.config import ClipText, Dense, ImageArchitecture, SiglipText, Vit
+from embedjax.config import ClipText, Dense, SiglipText, Vit
 from embedjax.config.errors import ConfigError, nearest
 from embedjax.config.model import PoolingName
-from embedjax.models import weights
+from embedjax.models import joint
 from embedjax.models.families import FAMILIES, IMAGE_FAMILIES, described, family_of, names_of
+from embedjax.models.joint import Outer, Part, Parts, Scheme
 
 POOLING: PoolingName = "lasttoken"
 """How a text's tokens become its vector: CLIP's last token is the end of the text, SigLIP's the last place."""
@@ -36,17 +37,6 @@ LOSS = {
     "siglip": {"logit_scale": ("scale", math.log(10)), "logit_bias": ("bias", -10.0)},
 }
 """What of the loss a model of two towers holds: our name, and what it starts from (Radford et al. 2021, Zhai et al. 2023)."""
-
-
-class Part(NamedTuple):
-    """One tower of a folder."""
-
-    arch: ImageArchitecture | ClipText | SiglipText
-    dense: tuple[Dense, ...] = ()
-
-
-Parts = Mapping[str, Part]
-"""Towers by "image" and "text", one or both."""
 
 
 # ---- config.json
@@ -131,38 +121,13 @@ def _pair(found: Parts) -> str:
 # ---- tensors
 
 
-class Outer(NamedTuple):
-    """A tensor that is no encoder's."""
-
-    ours: str
-    """Our path, such as "towers/text/dense/0/kernel"."""
-    shape: tuple[int, ...]
-    """Its shape in the file."""
-
-
 def from_tensors(found: Parts, tensors: Mapping[str, np.ndarray], *, file: str | Path) -> dict[str, Any]:
     """{"towers": {"image": {"encoder": ..., "dense": {"0": ...}}, "text": ...}, "loss": {"scale": ..., "bias": ...}}, float32;
     "dense" and "loss" as far as the model has them.
 
     Raises one ConfigError that lists, under the name of `file`, every unknown, missing, doubly set and misshapen tensor.
     """
-    outer = _outer(found)
-    own, complaints = _by_tower(found, tensors, outer)
-    complaints["missing"] = [name for name in outer if name not in own[""]]
-    complaints["misshapen"] = [told for name, x in own[""].items() if (told := weights.misfit(name, x, outer[name].shape))]
-    encoders = {}
-    for side, part in found.items():
-        encoders[side], more = weights.sort_out(part.arch, own[side], file=file)
-        for kind, names in more.items():
-            prefix = names_of(part.arch).prefix if kind in ("missing", "misshapen") else ""
-            complaints[kind] += [prefix + name for name in names]
-    weights.refuse(complaints, " and ".join(type(part.arch).__name__ for part in found.values()), file=file)
-    params: dict[str, Any] = {
-        "towers": {side: {"encoder": weights.assemble(part.arch, encoders[side])} for side, part in found.items()}
-    }
-    for name, x in own[""].items():
-        weights.put(params, outer[name].ours, x.T if x.ndim == 2 else x.reshape(()) if name.startswith("logit_") else x)
-    return params
+    return joint.from_tensors(found, tensors, scheme(found), file=file)
 
 
 def to_tensors(found: Parts, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -170,29 +135,15 @@ def to_tensors(found: Parts, params: Mapping[str, Any]) -> dict[str, np.ndarray]
 
     Raises ConfigError when the tree is not that of the parts.
     """
-    outer, tensors = _outer(found), {}
-    for side, part in found.items():
-        named = weights.to_tensors(part.arch, params["towers"][side]["encoder"])
-        tensors |= {names_of(part.arch).prefix + name: x for name, x in named.items()}
-    dense = {side: {"dense": params["towers"][side].get("dense", {})} for side in found}
-    values = weights.flatten({"towers": dense, "loss": {**_first(found), **params.get("loss", {})}})
-    for name, (ours, shape) in outer.items():
-        if ours not in values:
-            raise ConfigError(f"the parameters hold no {ours}")
-        x = np.asarray(values.pop(ours), np.float32)
-        tensors[name] = np.asarray(x.T if x.ndim == 2 else x.reshape(shape) if name.startswith("logit_") else x, order="C")
-        if tensors[name].shape != shape:
-            raise ConfigError(f"{ours} gives the tensor {name} as {list(tensors[name].shape)}, expected {list(shape)}")
-    if odd := [path for path in values if path.startswith("towers/")]:
-        raise ConfigError(f"the parameters hold projections that the towers have not: {', '.join(odd)}")
-    return {name.removeprefix(_bare(found)): x for name, x in tensors.items()}
+    return joint.to_tensors(found, params, scheme(found))
 
 
-def _outer(found: Parts) -> dict[str, Outer]:
-    """By the name in a file of two towers: projections, and what of the loss is learned."""
-    outer = {}
+def scheme(found: Parts) -> Scheme:
+    """The names of all tensors in a file of Hugging Face's."""
+    outer, first = {}, {}
     for side, part in found.items():
-        name = {ClipText: "text_projection", SiglipText: "text_model.head"}.get(type(part.arch), "visual_projection")
+        name = "visual_projection" if side == "image" else "text_projection"
+        name = "text_model.head" if isinstance(part.arch, SiglipText) else name
         for dense in part.dense:
             outer[f"{name}.weight"] = Outer(f"towers/{side}/dense/0/kernel", (dense.features, part.arch.width))
             if dense.bias:
@@ -200,33 +151,8 @@ def _outer(found: Parts) -> dict[str, Outer]:
     if len(found) == 2:
         shape = (1,) if _pair(found) == "siglip" else ()
         outer |= {name: Outer(f"loss/{ours}", shape) for name, (ours, _) in LOSS[_pair(found)].items()}
-    return outer
-
-
-def _first(found: Parts) -> dict[str, float]:
-    return dict(LOSS[_pair(found)].values()) if len(found) == 2 else {}
-
-
-def _by_tower(
-    found: Parts, tensors: Mapping[str, np.ndarray], outer: Mapping[str, Outer]
-) -> tuple[dict[str, dict[str, np.ndarray]], weights.Complaints]:
-    """The tensors of each tower, and under "" the outer ones. In a file of one tower its prefix may be left out."""
-    prefixes = {side: names_of(part.arch).prefix for side, part in found.items()}
-    own: dict[str, dict[str, np.ndarray]] = {"": {}, **{side: {} for side in found}}
-    complaints: weights.Complaints = {"unknown": [], "missing": [], "doubly set": [], "misshapen": []}
-    for name, tensor in tensors.items():
-        full = name
-        if len(found) == 1 and name not in outer:
-            (prefix,) = prefixes.values()
-            full = prefix + name.removeprefix(prefix)
-        side = "" if full in outer else next((side for side, prefix in prefixes.items() if full.startswith(prefix)), None)
-        if side is None:
-            complaints["unknown"].append(name)
-        elif full in own[side]:
-            complaints["doubly set"].append(name)
-        else:
-            own[side][full] = tensor
-    return own, complaints
+        first = {f"loss/{ours}": value for ours, value in LOSS[_pair(found)].values()}
+    return Scheme({side: names_of(part.arch) for side, part in found.items()}, outer, first, _bare(found))
 
 
 def _bare(found: Parts) -> str:

@@ -3,40 +3,28 @@
 Two kinds: plain Hugging Face folders (config.json, model.safetensors) and sentence-transformers folders (modules.json
 besides), in the legacy spelling (classes under sentence_transformers.models, pooling by booleans, max_seq_length) and in
 that of 5.4 and later (other class paths, `pooling_mode`, the tokenizer's model_max_length). Of a Router each route is read as
-a folder of its own, FOLDER/query and FOLDER/document.
+a folder of its own, FOLDER/query and FOLDER/document. Texts of CLIP's and SigLIP's models are found by `pictures.py`.
 """
 
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
-from embedjax.config import Architecture, Dense, Static, Tower
+from embedjax.config import Architecture, ClipText, SiglipText, Static, Tower
 from embedjax.config.errors import ConfigError, nearest
-from embedjax.config.model import PoolingName, Similarity
-from embedjax.models import pictures
+from embedjax.models import open_clip, pictures
 from embedjax.models.clip import POOLING
 from embedjax.models.families import FAMILIES, described, family_of
 from embedjax.models.families.static import LONGEST, from_model2vec
 from embedjax.models.jsonfile import get, read_json
-from embedjax.models.layout import SETTINGS, Layout, is_route, layout
+from embedjax.models.layout import is_route, layout, of_side, refuse_code
+from embedjax.models.modules import read_dense, read_dense_params, read_pooling, read_settings
 from embedjax.models.weights import from_tensors, load_tensors
 
 FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]  # what is fetched from the hub; never code
 UNUSED = ["onnx/*", "openvino/*", "*/onnx/*", "*.onnx*", "flax_model*"]
-BOOLEANS = {  # the legacy spelling's key of each pooling
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
-ACTIVATIONS: dict[str, Literal["tanh", "identity"]] = {
-    "torch.nn.modules.activation.Tanh": "tanh",
-    "torch.nn.modules.linear.Identity": "identity",
-}
 PLAIN = {"prompts": {}, "default_prompt": None, "similarity": "cosine"}  # of a folder that says nothing of them
 MODEL2VEC_LENGTH = 512
 ENCODER_CONFIGS = tuple(f"sentence_{name}_config.json" for name in ("bert", "roberta", "distilbert", "xlm-roberta"))
@@ -72,10 +60,10 @@ def read_tower(folder: str | Path) -> Tower:
     A plain Hugging Face folder pools by the mean and normalises. Raises ConfigError for an architecture, module or option
     that is not supported, for code of the folder's own, and for files that are missing, malformed or contradictory.
     """
-    folder = Path(folder)
-    if "text" in pictures.sides(folder):
-        return _read_text_side(folder)
-    found = layout(folder)
+    place = of_side(Path(folder), "text")
+    if (joint := pictures.find(place)) is not None:
+        return _read_text_side(Path(folder), joint)
+    found = layout(place)
     if found.static:
         arch, _, unstated = _read_static(found.encoder)
         max_length = _read_truncation(found.encoder, unstated)
@@ -84,16 +72,18 @@ def read_tower(folder: str | Path) -> Tower:
         max_length = _read_max_length(found.encoder, arch)
     pooling: dict[str, Any] = {"pooling": "mean", "include_prompt": True}
     if found.pooling:
-        pooling = _read_pooling(found.pooling, arch.width)
+        pooling = read_pooling(found.pooling, arch.width)
+    elif found.settings and not found.static:
+        raise ConfigError(f"{folder} lists a Transformer and no Pooling; it is read with one")
     return Tower(
         arch=arch,
         init=str(folder),
         tokenizer=str(found.encoder),
-        dense=_read_dense(found, arch.width),
+        dense=read_dense(found.dense, arch.width),
         normalize=found.normalize,
         max_length=max_length,
         **pooling,
-        **(_read_settings(found.settings) if found.settings else PLAIN),
+        **(read_settings(found.settings) if found.settings else PLAIN),
     )
 
 
@@ -102,9 +92,10 @@ def read_params(folder: str | Path, tower: Tower) -> dict[str, Any]:
 
     "dense" is there only when the folder has projections. Raises ConfigError when encoder or projections are not the tower's.
     """
-    if "text" in pictures.sides(Path(folder)):
-        return pictures.read_params(Path(folder), "text", tower.arch)
-    found = layout(Path(folder))
+    place = of_side(Path(folder), "text")
+    if pictures.find(place) is not None:
+        return pictures.read_params(place, "text", tower.arch)
+    found = layout(place)
     if tower.arch is None:
         raise ConfigError(f"the tower of {folder} has no architecture; it must be resolved before its weights are read")
     if found.static != isinstance(tower.arch, Static):
@@ -112,31 +103,28 @@ def read_params(folder: str | Path, tower: Tower) -> dict[str, Any]:
             f"{folder} holds a {'static table' if found.static else 'transformer'}, not a {type(tower.arch).__name__}"
         )
     tensors = _read_static(found.encoder)[1] if found.static else load_tensors(found.encoder)
-    params: dict[str, Any] = {"encoder": from_tensors(tower.arch, tensors, file=found.encoder)}
-    specs = _read_dense(found, tower.arch.width)
+    encoder = from_tensors(tower.arch, tensors, file=found.encoder)
+    specs = read_dense(found.dense, tower.arch.width)
     if specs and specs != tower.dense:
         raise ConfigError(f"{folder} has the projections {specs}, the tower {tower.dense}")
-    width = tower.arch.width
-    for n, (path, spec) in enumerate(zip(found.dense, specs, strict=True)):
-        params.setdefault("dense", {})[str(n)] = _read_dense_weights(path, spec, width)
-        width = spec.features
-    return params
+    return {"encoder": encoder, **read_dense_params(found.dense, specs, tower.arch.width)}
 
 
-def _read_text_side(folder: Path) -> Tower:
-    """The tower of texts of a model of pictures and texts."""
-    arch, dense = pictures.part(folder, "text")
-    assert isinstance(arch, Architecture)
+def _read_text_side(folder: Path, found: pictures.Found) -> Tower:
+    """The tower of texts as CLIP and SigLIP have it, alone or beside one of pictures."""
+    arch, dense = pictures.required(folder, "text").parts["text"]
+    assert isinstance(arch, ClipText | SiglipText)
+    by_positions = found.file.name == open_clip.CONFIG  # which its tokenizer pads to
     return Tower(
         arch=arch,
         init=str(folder),
-        tokenizer=str(folder),
+        tokenizer=str(found.place),
         pooling=POOLING,
         dense=dense,
-        normalize=True,
+        normalize=found.normalize,
         include_prompt=True,
-        max_length=_read_max_length(folder, arch),
-        **PLAIN,
+        max_length=arch.positions if by_positions else _read_max_length(found.place, arch),
+        **(read_settings(found.settings) if found.settings else PLAIN),
     )
 
 
@@ -144,84 +132,11 @@ def read_arch(folder: Path) -> Architecture:
     """The architecture in a folder's config.json."""
     file = folder / "config.json"
     config = read_json(file)
-    tokenizer = folder / "tokenizer_config.json"
-    for place in (file, tokenizer) if tokenizer.exists() else (file,):
-        if read_json(place).get("auto_map"):
-            raise ConfigError(f"{place} asks for code of its own (auto_map); code from a model folder is never run")
+    refuse_code(folder)
     kind = get(config, "model_type", str, "", file=file)
     if kind not in FAMILIES:
         raise ConfigError(f"{file}: model_type {kind!r} is not supported; {nearest(kind, FAMILIES)}")
     return described(FAMILIES[kind], config, file=file)
-
-
-def _read_pooling(folder: Path, width: int) -> dict[str, Any]:
-    file = folder / "config.json"
-    config = read_json(file)
-    modes = config.get("pooling_mode")
-    if modes is None:
-        modes = [mode for key, mode in BOOLEANS.items() if get(config, key, bool, False, file=file)] or ["mean"]
-    modes = [modes] if isinstance(modes, str) else modes
-    if not isinstance(modes, list) or len(modes) != 1 or modes[0] not in get_args(PoolingName):
-        raise ConfigError(f"{file}: pooling {modes} is not supported; expected one of {', '.join(get_args(PoolingName))}")
-    found = get(config, "embedding_dimension", int, get(config, "word_embedding_dimension", int, width, file=file), file=file)
-    if found != width:
-        raise ConfigError(f"{file}: pools vectors of width {found}, but the encoder's width is {width}")
-    return {"pooling": modes[0], "include_prompt": get(config, "include_prompt", bool, True, file=file)}
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    """What the folder says of the whole model: prompts and similarity."""
-    file = folder / SETTINGS
-    config = read_json(file) if file.exists() else {}
-    kind = get(config, "model_type", str, "SentenceTransformer", file=file)
-    if kind != "SentenceTransformer":
-        raise ConfigError(f"{file}: model_type {kind!r} is not supported; expected 'SentenceTransformer'")
-    if config.get("truncate_dim") is not None:
-        raise ConfigError(
-            f"{file}: truncate_dim {config['truncate_dim']!r} is not supported; remove it to read the whole vectors"
-        )
-    prompts = get(config, "prompts", dict, {}, file=file)
-    for name, prompt in prompts.items():
-        if not isinstance(prompt, str):
-            raise ConfigError(f"{file}: prompt {name!r} is {prompt!r}; expected text")
-    default = get(config, "default_prompt_name", str, None, file=file)
-    if default is not None and default not in prompts:
-        raise ConfigError(f"{file}: default_prompt_name {default!r} is no prompt; {nearest(default, prompts)}")
-    similarity = get(config, "similarity_fn_name", str, "cosine", file=file)
-    if similarity not in get_args(Similarity):
-        expected = ", ".join(get_args(Similarity))
-        raise ConfigError(f"{file}: similarity_fn_name {similarity!r} is not supported; expected one of {expected}")
-    return {"prompts": prompts, "default_prompt": default, "similarity": similarity}
-
-
-def _read_dense(found: Layout, width: int) -> tuple[Dense, ...]:
-    specs = []
-    for folder in found.dense:
-        file = folder / "config.json"
-        config = read_json(file)
-        where = {get(config, f"module_{end}_name", str, "sentence_embedding", file=file) for end in ("input", "output")}
-        if where != {"sentence_embedding"} or get(config, "use_residual", bool, False, file=file):
-            raise ConfigError(f"{file}: only projections of the pooled vector without a residual are supported")
-        activation = get(config, "activation_function", str, "torch.nn.modules.activation.Tanh", file=file)
-        if activation not in ACTIVATIONS:
-            raise ConfigError(f"{file}: activation {activation!r} is not supported; {nearest(activation, ACTIVATIONS)}")
-        if (found := get(config, "in_features", int, 0, file=file)) != width:
-            raise ConfigError(f"{file}: in_features is {found}, but the vectors before it have width {width}")
-        width = get(config, "out_features", int, 0, file=file)
-        if width < 1:
-            raise ConfigError(f"{file}: out_features is {width}; it must be at least 1")
-        specs.append(Dense(width, get(config, "bias", bool, True, file=file), ACTIVATIONS[activation]))
-    return tuple(specs)
-
-
-def _read_dense_weights(folder: Path, spec: Dense, width: int) -> dict[str, np.ndarray]:
-    tensors = load_tensors(folder)
-    expected = {"linear.weight": (spec.features, width)} | ({"linear.bias": (spec.features,)} if spec.bias else {})
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    if found != expected or any(tensor.dtype != np.float32 for tensor in tensors.values()):
-        raise ConfigError(f"{folder} holds the tensors {found}; expected floating-point {expected}")
-    kernel = {"kernel": np.ascontiguousarray(tensors["linear.weight"].T)}
-    return kernel | ({"bias": tensors["linear.bias"]} if spec.bias else {})
 
 
 def _read_static(folder: Path) -> tuple[Static, dict[str, np.ndarray], int]:

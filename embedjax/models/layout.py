@@ -1,4 +1,5 @@
-"""Where the parts of a model folder are: modules.json, and router_config.json where queries and documents part ways.
+"""Where the parts of a model folder are: modules.json, and router_config.json where queries and documents, or texts and
+pictures, part ways.
 
 Knows names and places only; `folders.py` reads what lies there. Code of a folder is never run.
 """
@@ -11,10 +12,13 @@ from embedjax.config.errors import ConfigError, nearest
 from embedjax.config.model import ROLES
 from embedjax.models.jsonfile import get, read_json, read_list
 
-KINDS = ("Transformer", "Pooling", "Dense", "Normalize", "StaticEmbedding", "Router")
+KINDS = ("Transformer", "Pooling", "Dense", "Normalize", "StaticEmbedding", "CLIPModel", "Router")
 CLASS = re.compile(r"sentence_transformers\.(?:models|base\.modules|sentence_transformer\.modules)(?:\.\w+)?\.(\w+)")
 ROUTER_CONFIG = "router_config.json"
 SETTINGS = "config_sentence_transformers.json"
+ROUTES = (tuple(ROLES), ("text", "image"))
+"""Where a Router may part ways: by task, or by what is to be embedded."""
+NAMES = tuple(name for names in ROUTES for name in names)
 
 Modules = list[tuple[str, Path]]
 """Kind and folder of each module of a chain."""
@@ -26,7 +30,7 @@ class Layout(NamedTuple):
     encoder: Path
     """Folder of config.json, weights and tokenizer."""
     pooling: Path | None
-    """Folder of the pooling's config; None for a plain folder and for a static table."""
+    """Folder of the pooling's config; None for a plain folder, a static table, and an encoder that gives one vector."""
     dense: tuple[Path, ...] = ()
     """Folders of the projections, in order."""
     normalize: bool = True
@@ -39,28 +43,44 @@ class Layout(NamedTuple):
 
 def layout(folder: Path) -> Layout:
     """The layout of a model folder, or of a Router's route, named as a folder in it: FOLDER/query."""
-    if folder.name in ROLES and (routed := _router(folder.parent)):
+    if routed := _routed(folder):
         own = (folder / SETTINGS).exists()  # a Router that we wrote: its root has but one default prompt
         return _chain(routed[folder.name], folder if own else folder.parent, folder.parent / ROUTER_CONFIG)
     file = folder / "modules.json"
     if not file.exists():
         return Layout(folder, None)
-    if _router(folder):
-        raise ConfigError(f"{folder} has a tower of queries and one of documents; name one: {folder / 'query'}")
+    if found := _router(folder):
+        sides = {"query": "queries", "document": "documents", "text": "texts", "image": "pictures"}
+        first, second = (sides[name] for name in found)
+        raise ConfigError(f"{folder} has a tower of {first} and one of {second}; name one: {folder / next(iter(found))}")
     return _chain(_modules(folder, file), folder, file)
 
 
 def routes(folder: Path) -> dict[str, Path]:
-    """{"query": FOLDER/query, "document": FOLDER/document} for a Router and for a folder of two models; {} for one model."""
+    """{"query": FOLDER/query, "document": FOLDER/document} for a Router and for a folder of two models; {"text": FOLDER/text,
+    "image": FOLDER/image} for a Router of texts and pictures; {} for one model."""
+    if found := _router(folder):
+        return {route: folder / route for route in found}
     parts = {role: folder / role for role in ROLES}
     here = any((folder / name).exists() for name in ("modules.json", "config.json"))
     model = lambda part: any((part / name).exists() for name in ("modules.json", "config.json"))
-    return parts if _router(folder) or (not here and all(map(model, parts.values()))) else {}
+    return parts if not here and all(map(model, parts.values())) else {}
+
+
+def of_side(folder: Path, side: str) -> Path:
+    """Where the tower of a side ("text", "image") is: the route of a Router that parts these, else the folder itself."""
+    return routes(folder).get(side, folder)
 
 
 def is_route(folder: Path) -> bool:
     """Whether a path names a route of a Router; there need not be a folder of its name."""
-    return folder.name in ROLES and _router(folder.parent) is not None
+    return _routed(folder) is not None
+
+
+def _routed(folder: Path) -> dict[str, Modules] | None:
+    """The routes of the Router that a path names one of, None for other paths."""
+    found = _router(folder.parent) if folder.name in NAMES else None
+    return found if found and folder.name in found else None
 
 
 def _router(folder: Path) -> dict[str, Modules] | None:
@@ -73,12 +93,13 @@ def _router(folder: Path) -> dict[str, Modules] | None:
     file = place / ROUTER_CONFIG
     config = read_json(file)
     types, structure = (get(config, key, dict, {}, file=file) for key in ("types", "structure"))
-    if set(structure) != set(ROLES):
-        raise ConfigError(f"{file} has the routes {sorted(structure)}; expected {sorted(ROLES)}")
+    if not any(set(structure) == set(names) for names in ROUTES):
+        expected = " or ".join(map(str, map(sorted, ROUTES)))
+        raise ConfigError(f"{file} has the routes {sorted(structure)}; expected {expected}")
     if get(config, "parameters", dict, {}, file=file).get("route_mappings"):
         raise ConfigError(f"{file}: route_mappings are not supported; routes are chosen by their names")
     chains: dict[str, Modules] = {}
-    for route, names in structure.items():
+    for route, names in sorted(structure.items(), key=lambda item: NAMES.index(item[0])):
         if not isinstance(names, list) or not all(name in types for name in names):
             raise ConfigError(f"{file}: route {route!r} is {names!r}; expected names among {sorted(types)}")
         parts = [{"type": types[name], "path": name} for name in names]
@@ -88,10 +109,10 @@ def _router(folder: Path) -> dict[str, Modules] | None:
 
 def _chain(modules: Modules, settings: Path, file: Path) -> Layout:
     order = " ".join(kind for kind, _ in modules)
-    if not re.fullmatch(r"(Transformer Pooling|StaticEmbedding)( Dense)*( Normalize)?", order):
+    if not re.fullmatch(r"(Transformer( Pooling)?|StaticEmbedding)( Dense)*( Normalize)?|CLIPModel( Normalize)?", order):
         raise ConfigError(
             f"{file} lists the modules {order or 'none'}; expected Transformer Pooling, or StaticEmbedding, then [Dense ...] "
-            "[Normalize]"
+            "[Normalize], or CLIPModel [Normalize]"
         )
     places = dict(modules)  # of several projections the last, which is not asked for here
     return Layout(
@@ -126,3 +147,10 @@ def _inside(folder: Path, module: dict[str, Any], file: Path) -> Path:
     if not inside or not (folder / path).resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"{file}: module path {text!r} leaves the folder")
     return folder / path
+
+
+def refuse_code(folder: Path) -> None:
+    """Raises ConfigError for a model or tokenizer that asks for Python code of its own."""
+    for file in (folder / "config.json", folder / "tokenizer_config.json"):
+        if file.exists() and read_json(file).get("auto_map"):
+            raise ConfigError(f"{file} asks for code of its own (auto_map); code from a model folder is never run")

@@ -91,14 +91,16 @@ def from_tensors(
 
 
 def sort_out(
-    arch: Architecture | ImageArchitecture, tensors: Mapping[str, np.ndarray], *, file: str | Path
+    arch: Architecture | ImageArchitecture, tensors: Mapping[str, np.ndarray], *, file: str | Path, names: Names | None = None
 ) -> tuple[dict[str, np.ndarray], Complaints]:
-    """The tensors that are an encoder's, by the names of its table, and what is wrong with all of them."""
+    """The tensors that are an encoder's, by the names of its table, and what is wrong with all of them. `names` is another
+    table than the family's own."""
+    names = names or names_of(arch)
     if len(tensors) < arch.depth:  # before names are made for each layer: a damaged config may speak of any number
         raise ConfigError(f"{file} holds {len(tensors)} tensors, fewer than the {arch.depth} layers of its config")
-    found, twice, unknown = _by_name(names_of(arch), tensors, arch.depth)
+    found, twice, unknown = _by_name(names, tensors, arch.depth)
     missing, misshapen = [], []
-    for name, shape in _expected(arch).items():
+    for name, shape in _expected(arch, names).items():
         if name not in found:
             missing.append(name)
         elif told := misfit(name, found[name], shape):
@@ -119,10 +121,12 @@ def refuse(complaints: Complaints, what: str, *, file: str | Path) -> None:
         raise ConfigError(f"{file} does not hold the tensors of {what}: {told}")
 
 
-def assemble(arch: Architecture | ImageArchitecture, found: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def assemble(
+    arch: Architecture | ImageArchitecture, found: Mapping[str, np.ndarray], names: Names | None = None
+) -> dict[str, Any]:
     """The parameters of an encoder from what `sort_out` found, without complaints."""
     params: dict[str, Any] = {}
-    for row in names_of(arch).rows:
+    for row in (names or names_of(arch)).rows:
         layers = [found.get(row.theirs.format(layer=n)) for n in (range(arch.depth) if row.stacked else [0])]
         parts = [_to_ours(row, np.ones(arch.width, np.float32) if layer is None else layer) for layer in layers]
         for path, values in zip(_paths(row), zip(*parts, strict=True), strict=True):
@@ -130,12 +134,16 @@ def assemble(arch: Architecture | ImageArchitecture, found: Mapping[str, np.ndar
     return params
 
 
-def to_tensors(arch: Architecture | ImageArchitecture, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """An encoder's parameters as Hugging Face tensors, float32, contiguous: the inverse of `from_tensors`.
+def to_tensors(
+    arch: Architecture | ImageArchitecture, params: Mapping[str, Any], names: Names | None = None
+) -> dict[str, np.ndarray]:
+    """An encoder's parameters as Hugging Face tensors, or those of another table, float32, contiguous: the inverse of
+    `from_tensors`.
 
     Raises ConfigError when the tree does not hold exactly the paths and shapes of the family's table.
     """
-    rows, shapes, ours = names_of(arch).rows, _expected(arch), flatten(params)
+    names = names or names_of(arch)
+    rows, shapes, ours = names.rows, _expected(arch, names), flatten(params)
     known = {path for row in rows for path in _paths(row)}
     if odd := sorted(known ^ ours.keys()):
         raise ConfigError(f"the parameters are not those of {type(arch).__name__}: unknown or missing {_some(odd)}")
@@ -178,10 +186,10 @@ def _by_name(names: Names, tensors: Mapping[str, np.ndarray], depth: int) -> tup
     return found, twice, unknown
 
 
-def _expected(arch: Architecture | ImageArchitecture) -> dict[str, tuple[int, ...]]:
+def _expected(arch: Architecture | ImageArchitecture, names: Names) -> dict[str, tuple[int, ...]]:
     """Every tensor of the table and its shape."""
     shapes, sizes = {}, family_of(arch).sizes(arch)
-    for row in names_of(arch).rows:
+    for row in names.rows:
         shape = tuple(int(axis[:-1] or 1) * sizes[axis[-1]] for axis in row.shape.split())
         for n in range(arch.depth) if row.stacked else [0]:
             if n or row.first:

@@ -16,11 +16,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from embedjax.config import ROLES, Static, Tower
+from embedjax.config import ROLES, Architecture, ImageArchitecture, ImageTower, SiglipText, Static, Tower
 from embedjax.config.errors import ConfigError, StorageError
 from embedjax.models.families import family_of
-from embedjax.models.folders import ACTIVATIONS, BOOLEANS
 from embedjax.models.layout import ROUTER_CONFIG, SETTINGS
+from embedjax.models.modules import ACTIVATIONS, BOOLEANS
 from embedjax.models.weights import to_tensors
 
 VERSIONS = {
@@ -29,6 +29,9 @@ VERSIONS = {
     "pytorch": "2.3.0",
 }  # the oldest that read such a folder
 MODULE = "sentence_transformers.models."
+
+Modules = list[tuple[str, str]]
+"""Kind and path of each module of a chain."""
 
 Part = tuple[Tower, Mapping[str, Any], Callable[[Path], object]]
 """A resolved tower, its parameters, and what writes its tokenizer."""
@@ -47,8 +50,8 @@ def write_sentence_transformers(
     `write_tokenizer` is called with the folder to put tokenizer files in. Raises StorageError when the destination is not empty
     (unless `replace`) or cannot be written, ConfigError when the parameters are not the tower's; then nothing is left behind.
     """
-    with _folder(Path(folder), replace) as root:
-        _write_tower(root, tower, params, write_tokenizer)
+    with new_folder(Path(folder), replace) as root:
+        write_tower(root, tower, params, write_tokenizer)
     return Path(folder)
 
 
@@ -57,21 +60,29 @@ def write_router(folder: str | Path, towers: Mapping[str, Part], *, replace: boo
     write_tokenizer), "document": ...}. FOLDER/query and FOLDER/document are model folders of their own besides, for servers
     that know no Router. Otherwise as above; ConfigError too for prompts of one name that differ.
     """
-    with _folder(Path(folder), replace) as root:
-        types: dict[str, str] = {}
-        structure: dict[str, list[str]] = {}
+    with new_folder(Path(folder), replace) as root:
+        chains = {}
         for route, part in towers.items():
             (root / route).mkdir()
-            names = {f"{route}/{path}".rstrip("/"): MODULE + kind for kind, path in _write_tower(root / route, *part)}
-            types |= names
-            structure[route] = list(names)
-        _write_modules(root, [("Router", "")])
-        parameters = {"default_route": "document", "allow_empty_key": True}
-        _write_json(root / ROUTER_CONFIG, {"types": types, "structure": structure, "parameters": parameters})
+            chains[route] = write_tower(root / route, *part)
+        write_routes(root, chains, default="document")
         model = {route: tower for route, (tower, *_) in towers.items()}
         prompts, versions = shared_prompts(model), VERSIONS | {"sentence_transformers": "5.0.0"}
-        _write_settings(root, prompts, "document" if prompts["document"] else None, model["document"], versions)
+        write_settings(root, prompts, "document" if prompts["document"] else None, model["document"], versions)
     return Path(folder)
+
+
+def write_routes(root: Path, chains: Mapping[str, Modules], *, default: str) -> None:
+    """Writes the Router of the model folders root/ROUTE, whose modules are given; it takes the route `default` where none is
+    asked for."""
+    named = {
+        route: {f"{route}/{path}".rstrip("/"): MODULE + kind for kind, path in modules} for route, modules in chains.items()
+    }
+    write_modules(root, [("Router", "")])
+    types = {name: kind for modules in named.values() for name, kind in modules.items()}
+    structure = {route: list(modules) for route, modules in named.items()}
+    parameters = {"default_route": default, "allow_empty_key": True}
+    write_json(root / ROUTER_CONFIG, {"types": types, "structure": structure, "parameters": parameters})
 
 
 def write_hf(
@@ -86,20 +97,35 @@ def write_hf(
     Otherwise as above."""
     if isinstance(tower.arch, Static):
         raise ConfigError("a static table is no Hugging Face model; write it as a sentence-transformers folder")
-    with _folder(Path(folder), replace) as root:
+    with new_folder(Path(folder), replace) as root:
         _write_encoder(root, tower, params, write_tokenizer)
     return Path(folder)
 
 
-def _write_tower(
-    root: Path, tower: Tower, params: Mapping[str, Any], write_tokenizer: Callable[[Path], object]
-) -> list[tuple[str, str]]:
+def write_tower(root: Path, tower: Tower, params: Mapping[str, Any], write_tokenizer: Callable[[Path], object]) -> Modules:
     """Writes a whole model folder into an empty one; returns the kind and path of its modules."""
+    check_tower(tower)
     modules = [("StaticEmbedding", "")] if isinstance(tower.arch, Static) else [("Transformer", ""), ("Pooling", "1_Pooling")]
     _write_encoder(root, tower, params, write_tokenizer)
-    if not isinstance(tower.arch, Static):
-        _write_pooling(root / "1_Pooling", tower)
-        _write_json(root / "sentence_bert_config.json", {"max_seq_length": tower.max_length, "do_lower_case": False})
+    if tower.arch is not None and not isinstance(tower.arch, Static):
+        write_pooling(root / "1_Pooling", tower.pooling, tower.arch, include_prompt=bool(tower.include_prompt))
+        write_json(root / "sentence_bert_config.json", {"max_seq_length": tower.max_length, "do_lower_case": False})
+    write_head(root, modules, tower, params)
+    write_prompts(root, tower, VERSIONS)
+    return modules
+
+
+def check_tower(tower: Tower) -> None:
+    """Raises ConfigError for a tower that no module of sentence-transformers' reads."""
+    if isinstance(tower.arch, SiglipText):
+        raise ConfigError(
+            "a SiglipText without SigLIP's tower of pictures is no model of sentence-transformers, for transformers' AutoModel "
+            "knows it not and readers pad its texts otherwise; write hf"
+        )
+
+
+def write_head(root: Path, modules: Modules, tower: Tower | ImageTower, params: Mapping[str, Any]) -> None:
+    """Writes a tower's projections and what scales to length 1 behind the modules so far, adds them, and writes the list."""
     for n, kernel_and_bias in enumerate(_dense_params(tower, params)):
         path = f"{len(modules)}_Dense"
         modules.append(("Dense", path))
@@ -108,29 +134,34 @@ def _write_tower(
         path = f"{len(modules)}_Normalize"
         modules.append(("Normalize", path))
         (root / path).mkdir()
-    _write_modules(root, modules)
+    write_modules(root, modules)
+
+
+def write_prompts(root: Path, tower: Tower, versions: Mapping[str, str]) -> None:
+    """Writes the settings of a model that reads texts by one tower."""
     prompts = dict(tower.prompts or {})
     if tower.default_prompt:  # of queries and documents too, which sentence-transformers asks for by their names alone
         prompts = dict.fromkeys(ROLES, prompts[tower.default_prompt]) | prompts
-    _write_settings(root, prompts, tower.default_prompt or None, tower, VERSIONS)
-    return modules
+    write_settings(root, prompts, tower.default_prompt or None, tower, versions)
 
 
-def _write_modules(root: Path, modules: list[tuple[str, str]]) -> None:
+def write_modules(root: Path, modules: Modules) -> None:
+    """Writes modules.json of kinds and paths."""
     entries = [{"idx": n, "name": str(n), "path": path, "type": MODULE + kind} for n, (kind, path) in enumerate(modules)]
-    _write_json(root / "modules.json", entries)
+    write_json(root / "modules.json", entries)
 
 
-def _write_settings(
-    root: Path, prompts: Mapping[str, str], default: str | None, tower: Tower, versions: Mapping[str, str]
+def write_settings(
+    root: Path, prompts: Mapping[str, str], default: str | None, tower: Tower | ImageTower, versions: Mapping[str, str]
 ) -> None:
+    """Writes what holds for the whole model: prompts and similarity."""
     settings = {
         "__version__": versions,
         "prompts": prompts,
         "default_prompt_name": default,
         "similarity_fn_name": tower.similarity or "cosine",
     }
-    _write_json(root / SETTINGS, settings)
+    write_json(root / SETTINGS, settings)
 
 
 def shared_prompts(towers: Mapping[str, Tower]) -> dict[str, str]:
@@ -147,7 +178,7 @@ def shared_prompts(towers: Mapping[str, Tower]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _folder(destination: Path, replace: bool) -> Iterator[Path]:
+def new_folder(destination: Path, replace: bool) -> Iterator[Path]:
     """A new folder beside `destination` that takes its place at the end, or vanishes when the body raises."""
     try:
         if destination.exists() and not destination.is_dir():
@@ -175,21 +206,21 @@ def _write_encoder(root: Path, tower: Tower, params: Mapping[str, Any], write_to
         raise ConfigError(f"max_length is {tower.max_length}, but the encoder has positions for {most} tokens")
     tensors = to_tensors(tower.arch, params["encoder"])
     if not isinstance(tower.arch, Static):
-        _write_json(root / "config.json", family.to_hf(tower.arch) | {"torch_dtype": "float32"})
-    _write_tensors(root / "model.safetensors", tensors)
+        write_json(root / "config.json", family.to_hf(tower.arch) | {"torch_dtype": "float32"})
+    write_tensors(root / "model.safetensors", tensors)
     write_tokenizer(root)
 
 
-def _write_pooling(folder: Path, tower: Tower) -> None:
+def write_pooling(
+    folder: Path, pooling: str | None, arch: Architecture | ImageArchitecture, *, include_prompt: bool = True
+) -> None:
+    """Writes the folder of a pooling module, in the legacy spelling."""
     folder.mkdir()
-    width = tower.arch.width if tower.arch else 0
-    booleans = {key: mode == tower.pooling for key, mode in BOOLEANS.items()}
-    _write_json(
-        folder / "config.json", {"word_embedding_dimension": width} | booleans | {"include_prompt": bool(tower.include_prompt)}
-    )
+    booleans = {key: mode == pooling for key, mode in BOOLEANS.items()}
+    write_json(folder / "config.json", {"word_embedding_dimension": arch.width} | booleans | {"include_prompt": include_prompt})
 
 
-def _dense_params(tower: Tower, params: Mapping[str, Any]) -> list[Mapping[str, np.ndarray]]:
+def _dense_params(tower: Tower | ImageTower, params: Mapping[str, Any]) -> list[Mapping[str, np.ndarray]]:
     """The parameters of each projection, checked against the tower's list of them."""
     specs, found = tower.dense or (), params.get("dense", {})
     if sorted(found) != sorted(str(n) for n in range(len(specs))):
@@ -197,7 +228,7 @@ def _dense_params(tower: Tower, params: Mapping[str, Any]) -> list[Mapping[str, 
     return [found[str(n)] for n in range(len(specs))]
 
 
-def _write_dense(folder: Path, tower: Tower, n: int, params: Mapping[str, np.ndarray]) -> None:
+def _write_dense(folder: Path, tower: Tower | ImageTower, n: int, params: Mapping[str, np.ndarray]) -> None:
     spec = (tower.dense or ())[n]
     tensors = {"linear.weight": np.asarray(params["kernel"], np.float32).T}
     if spec.bias:
@@ -208,15 +239,17 @@ def _write_dense(folder: Path, tower: Tower, n: int, params: Mapping[str, np.nda
     folder.mkdir()
     activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == spec.activation)
     config = {"in_features": found[1], "out_features": found[0], "bias": spec.bias, "activation_function": activation}
-    _write_json(folder / "config.json", config)
-    _write_tensors(folder / "model.safetensors", tensors)
+    write_json(folder / "config.json", config)
+    write_tensors(folder / "model.safetensors", tensors)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file."""
     # safetensors writes the buffer as it lies, strides ignored; transformers refuses a file that does not say its format.
-    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    whole = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     safetensors.numpy.save_file(whole, path, metadata={"format": "pt"})
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -50,7 +50,7 @@ def test_folders_of_one_model_have_no_routes(tmp_path):
 @pytest.mark.parametrize(
     ("structure", "parameters", "told"),
     [
-        ({"text": ["T", "P"], "image": ["T", "P"]}, {}, "expected ['document', 'query']"),
+        ({"text": ["T", "P"], "query": ["T", "P"]}, {}, "expected ['document', 'query'] or ['image', 'text']"),
         ({"query": ["S"], "document": ["S"]}, {"route_mappings": {"('query', None)": "query"}}, "route_mappings"),
         ({"query": ["../S"], "document": ["S"]}, {}, "leaves the folder"),
         ({"query": ["P", "T"], "document": ["S"]}, {}, "lists the modules Pooling Transformer"),

@@ -101,10 +101,15 @@ def described(family: ModuleType, config: Mapping[str, Any], *, file: str | Path
         raise ConfigError(f"{file} has no {error}, which a {kind} needs") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{file} does not describe a {kind}: {error}") from error
+    typed(arch, file=file)
+    return arch
+
+
+def typed(arch: Any, *, file: str | Path) -> None:
+    """Raises ConfigError, under the name of a file, for numbers of an architecture that are of another type."""
     for field in dataclasses.fields(arch):
         value, number = getattr(arch, field.name), {int: (int,), float: (int, float)}.get(field.type)
         if number and (type(value) not in number or not math.isfinite(value)):
             raise ConfigError(
                 f"{file}: {value!r} ({field.name}) should be of type {getattr(field.type, '__name__', field.type)}"
             )
-    return arch

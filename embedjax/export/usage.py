@@ -1,0 +1,75 @@
+"""How a model card says that a folder is used: a few lines of Python for each format and kind of tower."""
+
+LIBRARIES = {"sentence-transformers": "sentence-transformers", "hf": "transformers", "open-clip": "open_clip"}
+TASKS = {
+    "text": "sentence-similarity",
+    "picture": "image-feature-extraction",
+    "text and picture": "zero-shot-image-classification",
+}
+
+IMPORT = """from sentence_transformers import SentenceTransformer
+
+"""
+MODEL = (
+    IMPORT
+    + """model = SentenceTransformer("path/to/{title}")
+"""
+)
+OPEN = """from PIL import Image
+"""
+TEXTS = {
+    "text": MODEL
+    + """vectors = model.encode(["a text", "another text"])
+print(model.similarity(vectors, vectors))""",
+    "query": MODEL
+    + """queries = model.encode_query(["what is looked for"])
+documents = model.encode_document(["a text", "another text"])
+print(model.similarity(queries, documents))""",
+    "bare": MODEL
+    + """vectors = model.encode(["a text", "another text"], normalize_embeddings=True)
+print(model.similarity(vectors, vectors))""",
+    "bare query": IMPORT
+    + """query, document = (SentenceTransformer(f"path/to/{title}/{{side}}") for side in ("query", "document"))
+queries = query.encode(["what is looked for"], normalize_embeddings=True)
+documents = document.encode(["a text", "another text"], normalize_embeddings=True)
+print(document.similarity(queries, documents))""",
+}
+PICTURES = {
+    ("text and picture", "sentence-transformers"): OPEN
+    + MODEL
+    + """queries = model.encode_query(["what is looked for"])
+pictures = model.encode([Image.open("picture.jpg")])
+print(model.similarity(queries, pictures))""",
+    ("picture", "sentence-transformers"): OPEN
+    + MODEL
+    + """vectors = model.encode([Image.open("picture.jpg"), Image.open("other.jpg")])
+print(model.similarity(vectors, vectors))""",
+    ("text and picture", "hf"): OPEN
+    + """from transformers import AutoModel, AutoProcessor
+
+model, processor = AutoModel.from_pretrained("path/to/{title}"), AutoProcessor.from_pretrained("path/to/{title}")
+texts, pictures = ["what is looked for", "another text"], [Image.open("picture.jpg")]
+inputs = processor(text=texts, images=pictures, padding="max_length", truncation=True, return_tensors="pt")
+print(model(**inputs).logits_per_image)""",
+    ("picture", "hf"): OPEN
+    + """from transformers import AutoImageProcessor, AutoModel
+
+model, processor = AutoModel.from_pretrained("path/to/{title}"), AutoImageProcessor.from_pretrained("path/to/{title}")
+print(model(**processor([Image.open("picture.jpg")], return_tensors="pt")).last_hidden_state)""",
+    ("text and picture", "open-clip"): OPEN
+    + """import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:path/to/{title}")
+tokenizer = open_clip.get_tokenizer("local-dir:path/to/{title}")
+pictures = model.eval().encode_image(preprocess(Image.open("picture.jpg"))[None], normalize=True)
+texts = model.encode_text(tokenizer(["what is looked for", "another text"]), normalize=True)
+print(texts @ pictures.T)""",
+}
+
+
+def usage(kind: str, format: str, *, searches: bool, title: str) -> str:
+    """The lines for a kind of model, "text", "picture" or "text and picture"; `searches` tells queries from documents."""
+    if kind != "text":
+        return PICTURES[kind, format].format(title=title)
+    use = ("bare query" if searches else "bare") if format == "hf" else "query" if searches else "text"
+    return TEXTS[use].format(title=title)
