@@ -89,9 +89,9 @@ def test_only_what_is_wanted_is_returned(params):
     of = lambda *want: [
         leaf is None for leaf in jax.eval_shape(lambda: EMBEDDER.apply(params, {"pixels": PICTURES}, want=want))
     ]
-    assert of("pooled") == [False, True, True, True]
-    assert of("tokens") == [True, False, True, True]
-    assert of("layers") == [True, True, False, True]
+    assert of("pooled") == [False, True, True, True, True]
+    assert of("tokens") == [True, False, True, True, True]
+    assert of("layers") == [True, True, False, True, True]
 
 
 def test_chunks_equal_the_whole_and_permuting_the_batch_permutes_the_vectors(params):
