@@ -60,5 +60,5 @@ def config() -> Config:
             ),
             baseline=True,
         ),
-        export=Export(format="none"),
+        export=Export(format="pylate"),
     )

@@ -234,7 +234,7 @@ def export(arguments: Sequence[str]) -> None:
     def command(
         model: tyro.conf.Positional[str],
         folder: tyro.conf.Positional[str] = "",
-        format: Literal["sentence-transformers", "hf", "open-clip"] = "sentence-transformers",
+        format: Literal["sentence-transformers", "hf", "open-clip", "pylate"] = "sentence-transformers",
         adapter: str = "",
         check: bool = False,
     ) -> tuple:
@@ -244,8 +244,9 @@ def export(arguments: Sequence[str]) -> None:
             model: The model; with --check the exported folder.
             folder: Where to write; must not exist or be empty.
             format: sentence-transformers: encoder, pooling and head, read by sentence-transformers, text-embeddings-inference
-                and vLLM; hf: the bare encoder, or CLIPModel and SiglipModel; open-clip: what open_clip loads. Towers of queries
-                and documents become FOLDER/query and FOLDER/document, of which sentence-transformers' Router makes one model.
+                and vLLM; hf: the bare encoder, or CLIPModel and SiglipModel; open-clip: what open_clip loads; pylate: late
+                interaction. Towers of queries and documents become FOLDER/query and FOLDER/document, of which
+                sentence-transformers' Router makes one model.
             adapter: Name of the adapter to merge into the kernels, of a run that has several.
             check: Read an exported folder in every consumer that is installed and compare with the vectors it was
                 exported with.

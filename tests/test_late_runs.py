@@ -33,7 +33,7 @@ def late_config(tiny_config, pairs_file):
         model=c.Model({"text": tower}),
         optim=dataclasses.replace(tiny_config.optim, learning_rate=1e-2),
         checkpoint=c.Checkpoint(every=15),
-        export=c.Export(format="none"),
+        export=c.Export(format="pylate"),
         evaluate=c.Evaluate(tasks=(dataclasses.replace(tiny_config.evaluate.tasks[0], dims=(4,)),), baseline=True),
     )
 
@@ -56,6 +56,8 @@ def test_a_run_learns_resumes_and_searches(late_config, run, pairs_file, tmp_pat
     model = load(run)
     jax.tree.map(np.testing.assert_array_equal, model.params, whole.params)
     assert model.config.late and model.texts["text"].late == LATE
+    exported = load(run / "export")
+    jax.tree.map(np.testing.assert_array_equal, exported.params, jax.device_get(dict(model.params)))
 
     # The scores of the evaluation are those of a loop over the tokens' vectors.
     texts = [line.split("\t") for line in pairs_file.read_text().splitlines()[1:]]

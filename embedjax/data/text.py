@@ -303,8 +303,9 @@ def save_tokenizer(
     folder.mkdir(parents=True, exist_ok=True)
     if source is not None:
         _copy(_place(source), folder)
-    if not (folder / "tokenizer.json").exists() or (source is not None and _cleaning(_place(source))):
-        tokenizer.save(str(folder / "tokenizer.json"))
+    written = folder / "tokenizer.json"
+    if not written.exists() or (source is not None and (_cleaning(_place(source)) or _lacks_tokens(written, tokenizer))):
+        tokenizer.save(str(written))
     config_file = folder / "tokenizer_config.json"
     tokens = {
         role: next((name for name in names if tokenizer.token_to_id(name) is not None), None) for role, names in ROLES.items()
@@ -318,6 +319,11 @@ def save_tokenizer(
     config = json.loads(config_file.read_text("utf-8")) if config_file.exists() else {**_class(tokenizer), **tokens}
     unmasked = {"model_input_names": ["input_ids"]} if fills else {}
     _write_json(config_file, {**config, **unmasked, "model_max_length": max_length})
+
+
+def _lacks_tokens(file: Path, tokenizer: Tokenizer) -> bool:
+    """Whether a file is of the tokenizer as it was before tokens were added."""
+    return Tokenizer.from_file(str(file)).get_vocab_size() < tokenizer.get_vocab_size()
 
 
 def add_tokens(tokenizer: Tokenizer, tokens: Iterable[str], vocab_size: int) -> None:

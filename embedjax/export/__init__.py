@@ -19,8 +19,8 @@ from embedjax.models import clip, written, written_pictures
 from embedjax.models.classifier import write_heads
 from embedjax.models.embedder import build_embedder
 from embedjax.models.joint import Part
-from embedjax.models.written_pictures import FORMATS
 
+FORMATS = (*written_pictures.FORMATS, "pylate")
 Kind = TypeVar("Kind", Tower, ImageTower)
 
 
@@ -28,8 +28,13 @@ def check_format(model: configs.Model, format: str) -> None:
     """Raises ConfigError for an unknown format, and for resolved towers that it does not hold."""
     if format not in FORMATS:
         raise ConfigError(f"unknown export format {format!r}; {nearest(format, FORMATS)}")
-    if model.late:
-        raise ConfigError('late interaction is exported in no format yet; set export.format to "none"')
+    if model.late != (format == "pylate"):
+        raise ConfigError(
+            f"export.format is {format!r}; "
+            + ('late interaction is exported as "pylate"' if model.late else '"pylate" is for late interaction')
+        )
+    if model.late and len(model.routes) > 1:
+        raise ConfigError('PyLate\'s models have one tower for queries and documents; set export.format to "none"')
     towers = [model.towers[name] for name in model.routes.values()]
     images = [tower for tower in towers if isinstance(tower, ImageTower)]
     texts = [tower for tower in towers if isinstance(tower, Tower)]
@@ -69,7 +74,8 @@ def export(
     them, among them `texts` and `pictures` (encoded).
 
     "sentence-transformers" is the legacy spelling every server reads; "hf" the bare encoder, tokenizer and config; "open-clip"
-    what open_clip loads. Of a query and a document tower each is a folder of that kind, FOLDER/query and FOLDER/document;
+    what open_clip loads; "pylate" late interaction as PyLate has it, compared on 64 texts. Of a query and a document
+    tower each is a folder of that kind, FOLDER/query and FOLDER/document;
     "sentence-transformers" joins them as a Router. A tower of pictures and one of texts are one CLIPModel or SiglipModel where
     they can be; else "sentence-transformers" has a Router, FOLDER/text and FOLDER/image. Class heads go beside it. Of several
     adapters `adapter` names that which is merged into the kernels. The folder is put in place whole, after the gate. Returns
@@ -86,7 +92,7 @@ def export(
     part = folder.with_name(folder.name + ".partial")
     shutil.rmtree(part, ignore_errors=True)
     _write(model, part, format)
-    shown = model if format == "sentence-transformers" else _headless(model)
+    shown = model if format in ("sentence-transformers", "pylate") else _headless(model)
     write_heads(part, shown.heads)
     (part / "README.md").write_text(card.card(shown, title or folder.name, scores, format))
     difference = gate.write(_exact(shown), part, texts, pictures)
@@ -117,6 +123,9 @@ def _write(model: Model, folder: Path, format: str) -> None:
                 written_pictures.write_hf(place, written_pictures.Towers(text=(bare, params, part[2])))
             else:
                 written.write_hf(place, *part[:2], write_tokenizer=part[2])
+    elif format == "pylate":
+        tower = towers["text"]
+        written.write_pylate(folder, *tower[:2], write_tokenizer=tower[2])
     elif len(towers) == 1:
         tower = towers["text"]
         written.write_sentence_transformers(folder, *tower[:2], write_tokenizer=tower[2])

@@ -58,13 +58,13 @@ def _head(routes: Mapping[str, Tower | ImageTower], title: str, format: str) -> 
         "longest text": [_longest(tower) for tower in towers],
         "pictures": [_pixels(tower) for tower in towers],
         "pooling": [_pooling(tower) for tower in towers],
-        "similarity": [tower.similarity or "cosine" for tower in towers],
+        "similarity": ["MaxSim" if _late(tower) else tower.similarity or "cosine" for tower in towers],
     }
     rows = [columns, ["---"] * len(columns), *([name, *values] for name, values in facts.items() if any(values))]
     searches = len(routes) > 1 or "query" in (first.prompts or {})
     seen = {_seen(tower) for tower in towers}
     kind = " and ".join(sorted(seen, reverse=True))
-    library = LIBRARIES[format] if "picture" in seen else LIBRARIES["sentence-transformers"]
+    library = LIBRARIES[format] if "picture" in seen or format == "pylate" else LIBRARIES["sentence-transformers"]
     return HEAD.format(
         library=library,
         task=TASKS[kind],
@@ -98,7 +98,11 @@ def _pixels(tower: Tower | ImageTower) -> str:
 def _pooling(tower: Tower | ImageTower) -> str:
     if isinstance(tower, ImageTower):
         return tower.arch.pool if isinstance(tower.arch, Vit) else "map" if isinstance(tower.arch, ModifiedResnet) else "mean"
-    return str(tower.pooling)
+    return "none: a vector a token" if _late(tower) else str(tower.pooling)
+
+
+def _late(tower: Tower | ImageTower) -> bool:
+    return isinstance(tower, Tower) and tower.late is not None
 
 
 def _sizes(tower: Tower | ImageTower) -> str:

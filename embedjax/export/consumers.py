@@ -15,8 +15,9 @@ from embedjax.config import ROLES, ImageArchitecture, ImageTower
 from embedjax.config.errors import ConfigError
 from embedjax.data.image import decode
 from embedjax.evaluate.encode import encode
+from embedjax.evaluate.late import encode_tokens
 from embedjax.load import Model, load, make_images
-from embedjax.models import open_clip, pictures
+from embedjax.models import layout, open_clip, pictures
 
 SIDES = ("texts", "pictures")
 """How the vectors of a model of both are asked for."""
@@ -44,6 +45,8 @@ def ways(model: Model) -> list[str]:
     """How the vectors of a model are asked for: "query" and "document" of two towers of texts, "texts" and "pictures" of one
     each; of a single tower "vectors", and the two roles that it has a prompt for."""
     names = model.config.routes.values()
+    if model.config.late:
+        return list(ROLES)
     if len(names) > 1:
         return list(ROLES if all(name in model.texts for name in names) else SIDES)
     prompts = model.config.towers[model.config.routes["text"]].prompts or {}
@@ -60,6 +63,8 @@ def vectors(model: Model, tried: Tried, ways: Iterable[str]) -> dict[str, np.nda
 def _encoded(model: Model, tried: Tried, way: str) -> np.ndarray:
     reads = {role: name in model.texts for role, name in model.config.routes.items()}
     column = "text" if way == "vectors" else way
+    if model.config.late:
+        return encode_tokens(model, tried.texts, column=column).vectors
     if way in SIDES:
         column = next((role for role, texts in reads.items() if texts == (way == "texts")), way)
     if column in SIDES:
@@ -82,7 +87,7 @@ def by_embedjax(folder: Path, tried: Tried, wanted: Vectors) -> float:
 
 def by_sentence_transformers(folder: Path, tried: Tried, wanted: Vectors) -> float | str:
     """sentence-transformers' `encode`, with the prompts of queries and documents where there are such."""
-    if not (folder / "modules.json").exists():
+    if not (folder / "modules.json").exists() or is_late(folder):
         return "does not read this format"
     if not _installed("sentence_transformers"):
         return "not installed"
@@ -171,6 +176,22 @@ def _seeing(folder: Path) -> ImageTower:
     return next(tower for tower in load(folder).config.towers.values() if isinstance(tower, ImageTower))
 
 
+def by_pylate(folder: Path, tried: Tried, wanted: Vectors) -> float | str:
+    """PyLate's `encode` of queries and documents: the vectors of their tokens."""
+    if not _installed("pylate"):
+        return "not installed"
+    from pylate.models import ColBERT  # pyright: ignore[reportMissingImports]
+
+    model = ColBERT(str(folder), device="cpu")
+    ask = lambda way: model.encode(tried.texts, is_query=way == "query", show_progress_bar=False)
+    return difference(wanted, {way: np.concatenate(ask(way)) for way in wanted})
+
+
+def is_late(folder: Path) -> bool:
+    """Whether a folder is one of late interaction."""
+    return (folder / "modules.json").exists() and not layout.routes(folder) and layout.layout(folder).late
+
+
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
@@ -187,3 +208,5 @@ Reader = Callable[[Path, Tried, Vectors], float | str]
 READERS: dict[str, Reader] = {"embedjax": by_embedjax, "sentence-transformers": by_sentence_transformers}
 PICTURE_READERS: dict[str, Reader] = {"transformers": by_transformers, "open_clip": by_open_clip}
 """Those that are asked besides where there are pictures."""
+LATE_READERS: dict[str, Reader] = {"pylate": by_pylate}
+"""Those that are asked besides for late interaction."""

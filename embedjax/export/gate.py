@@ -14,11 +14,13 @@ from embedjax.config import ImageTower
 from embedjax.config.errors import CheckFailed, ConfigError
 from embedjax.data.image import decode
 from embedjax.data.text import Texts
-from embedjax.export.consumers import PICTURE_READERS, READERS, Tried, by_embedjax, vectors, ways
+from embedjax.export.consumers import LATE_READERS, PICTURE_READERS, READERS, Tried, by_embedjax, is_late, vectors, ways
 from embedjax.load import Model
 
 TOLERANCE = 1e-4
 TEXTS = 256
+LATE_TEXTS = 64
+"""Those of late interaction, whose vectors are many: they are kept beside the model."""
 PICTURES = 64
 LONGEST = 8192
 """Tokens of the longest text that is tried where the tower takes any."""
@@ -80,8 +82,9 @@ def _texts(model: Model, given: Sequence[str]) -> list[str]:
     routes = [model.texts[name] for name in model.config.routes.values() if name in model.texts]
     if not routes:
         return []
-    chosen = list(given[: TEXTS // 2])
-    return chosen + sample_texts(max(routes, key=lambda texts: texts.max_length), TEXTS - len(chosen))
+    count = LATE_TEXTS if model.config.late else TEXTS
+    chosen = list(given[: count // 2])
+    return chosen + sample_texts(max(routes, key=lambda texts: texts.max_length), count - len(chosen))
 
 
 def _pictures(model: Model, given: Sequence[bytes]) -> list[bytes]:
@@ -115,7 +118,7 @@ def check(folder: Path) -> dict[str, float | str]:
         tried = Tried(record["texts"], [_place(folder, n).read_bytes() for n in range(record.get("pictures", 0))])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ConfigError(f"{folder}: no parity.json and parity.safetensors to check against ({error})") from error
-    readers = READERS | (PICTURE_READERS if tried.pictures else {})
+    readers = READERS | (PICTURE_READERS if tried.pictures else {}) | (LATE_READERS if is_late(folder) else {})
     return {name: reader(folder, tried, wanted) for name, reader in readers.items()}
 
 

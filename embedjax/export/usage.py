@@ -1,6 +1,11 @@
 """How a model card says that a folder is used: a few lines of Python for each format and kind of tower."""
 
-LIBRARIES = {"sentence-transformers": "sentence-transformers", "hf": "transformers", "open-clip": "open_clip"}
+LIBRARIES = {
+    "sentence-transformers": "sentence-transformers",
+    "hf": "transformers",
+    "open-clip": "open_clip",
+    "pylate": "PyLate",
+}
 TASKS = {
     "text": "sentence-similarity",
     "picture": "image-feature-extraction",
@@ -34,6 +39,12 @@ queries = query.encode(["what is looked for"], normalize_embeddings=True)
 documents = document.encode(["a text", "another text"], normalize_embeddings=True)
 print(document.similarity(queries, documents))""",
 }
+LATE = """from pylate import models, scores
+
+model = models.ColBERT("path/to/{title}")
+queries = model.encode(["what is looked for"], is_query=True)
+documents = model.encode(["a text", "another text"], is_query=False)
+print(scores.colbert_scores(queries, documents[:1]))"""
 PICTURES = {
     ("text and picture", "sentence-transformers"): OPEN
     + MODEL
@@ -69,6 +80,8 @@ print(texts @ pictures.T)""",
 
 def usage(kind: str, format: str, *, searches: bool, title: str) -> str:
     """The lines for a kind of model, "text", "picture" or "text and picture"; `searches` tells queries from documents."""
+    if format == "pylate":
+        return LATE.format(title=title)
     if kind != "text":
         return PICTURES[kind, format].format(title=title)
     use = ("bare query" if searches else "bare") if format == "hf" else "query" if searches else "text"

@@ -73,17 +73,18 @@ def read_tower(folder: str | Path) -> Tower:
     pooling: dict[str, Any] = {"pooling": "mean", "include_prompt": True}
     if found.pooling:
         pooling = read_pooling(found.pooling, arch.width)
-    elif found.settings and not found.static:
+    elif found.settings and not found.static and not found.late:
         raise ConfigError(f"{folder} lists a Transformer and no Pooling; it is read with one")
+    settings: dict[str, Any] = {"max_length": max_length, **PLAIN}
+    settings |= read_settings(found.settings, found.late) if found.settings else {}
     return Tower(
         arch=arch,
         init=str(folder),
         tokenizer=str(found.encoder),
         dense=read_dense(found.dense, arch.width),
         normalize=found.normalize,
-        max_length=max_length,
         **pooling,
-        **(read_settings(found.settings) if found.settings else PLAIN),
+        **settings,
     )
 
 
@@ -104,6 +105,8 @@ def read_params(folder: str | Path, tower: Tower) -> dict[str, Any]:
         )
     tensors = _read_static(found.encoder)[1] if found.static else load_tensors(found.encoder)
     encoder = from_tensors(tower.arch, tensors, file=found.encoder)
+    if tower.late and not found.late:
+        return {"encoder": encoder}  # its projections, if any, are those of a pooled vector
     specs = read_dense(found.dense, tower.arch.width)
     if specs and specs != tower.dense:
         raise ConfigError(f"{folder} has the projections {specs}, the tower {tower.dense}")

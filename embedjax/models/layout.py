@@ -13,6 +13,8 @@ from embedjax.config.model import ROLES
 from embedjax.models.jsonfile import get, read_json, read_list
 
 KINDS = ("Transformer", "Pooling", "Dense", "Normalize", "StaticEmbedding", "CLIPModel", "Router")
+TOKEN_DENSE = re.compile(r"pylate\.models\.Dense(?:\.Dense)?")
+"""PyLate's projection, of every token, as its folders name it."""
 CLASS = re.compile(r"sentence_transformers\.(?:models|base\.modules|sentence_transformer\.modules)(?:\.\w+)?\.(\w+)")
 ROUTER_CONFIG = "router_config.json"
 SETTINGS = "config_sentence_transformers.json"
@@ -37,6 +39,8 @@ class Layout(NamedTuple):
     """Whether vectors are scaled to length 1."""
     static: bool = False
     """Whether the encoder is a table of token vectors, without config.json."""
+    late: bool = False
+    """Whether the projections are of every token: late interaction, as PyLate keeps it."""
     settings: Path | None = None
     """Folder of what holds for the whole model, prompts and similarity; None for a plain folder."""
 
@@ -109,17 +113,21 @@ def _router(folder: Path) -> dict[str, Modules] | None:
 
 def _chain(modules: Modules, settings: Path, file: Path) -> Layout:
     order = " ".join(kind for kind, _ in modules)
-    if not re.fullmatch(r"(Transformer( Pooling)?|StaticEmbedding)( Dense)*( Normalize)?|CLIPModel( Normalize)?", order):
+    if not re.fullmatch(
+        r"(Transformer( Pooling)?|StaticEmbedding)( Dense)*( Normalize)?|CLIPModel( Normalize)?|Transformer( TokenDense)+",
+        order,
+    ):
         raise ConfigError(
             f"{file} lists the modules {order or 'none'}; expected Transformer Pooling, or StaticEmbedding, then [Dense ...] "
-            "[Normalize], or CLIPModel [Normalize]"
+            "[Normalize], or CLIPModel [Normalize], or PyLate's Transformer Dense"
         )
     places = dict(modules)  # of several projections the last, which is not asked for here
     return Layout(
         encoder=modules[0][1],
         pooling=places.get("Pooling"),
-        dense=tuple(path for kind, path in modules if kind == "Dense"),
-        normalize="Normalize" in places,
+        dense=tuple(path for kind, path in modules if kind in ("Dense", "TokenDense")),
+        normalize="Normalize" in places or "TokenDense" in places,
+        late="TokenDense" in places,
         static=modules[0][0] == "StaticEmbedding",
         settings=settings,
     )
@@ -131,6 +139,8 @@ def _modules(folder: Path, file: Path) -> Modules:
 
 def _kind(module: dict[str, Any], file: Path) -> str:
     name = get(module, "type", str, "", file=file)
+    if TOKEN_DENSE.fullmatch(name):
+        return "TokenDense"
     match = CLASS.fullmatch(name)
     if not match:
         raise ConfigError(f"{file}: module {name!r} is not one of sentence-transformers' own; code of a folder is never run")

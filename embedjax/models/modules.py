@@ -9,6 +9,7 @@ import numpy as np
 from embedjax.config import Dense
 from embedjax.config.errors import ConfigError, nearest
 from embedjax.config.model import PoolingName, Similarity
+from embedjax.models import pylate
 from embedjax.models.jsonfile import get, read_json
 from embedjax.models.layout import SETTINGS
 from embedjax.models.weights import load_tensors
@@ -43,13 +44,14 @@ def read_pooling(folder: Path, width: int) -> dict[str, Any]:
     return {"pooling": modes[0], "include_prompt": get(config, "include_prompt", bool, True, file=file)}
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """What the folder says of the whole model: prompts and similarity."""
+def read_settings(folder: Path, late: bool = False) -> dict[str, Any]:
+    """What the folder says of the whole model: prompts and similarity; and by PyLate how late interaction makes texts."""
     file = folder / SETTINGS
     config = read_json(file) if file.exists() else {}
-    kind = get(config, "model_type", str, "SentenceTransformer", file=file)
-    if kind != "SentenceTransformer":
-        raise ConfigError(f"{file}: model_type {kind!r} is not supported; expected 'SentenceTransformer'")
+    expected = pylate.MODEL_TYPE if late else "SentenceTransformer"
+    kind = get(config, "model_type", str, expected, file=file)
+    if kind != expected:
+        raise ConfigError(f"{file}: model_type {kind!r} is not supported; expected {expected!r}")
     if config.get("truncate_dim") is not None:
         raise ConfigError(
             f"{file}: truncate_dim {config['truncate_dim']!r} is not supported; remove it to read the whole vectors"
@@ -61,6 +63,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
     default = get(config, "default_prompt_name", str, None, file=file)
     if default is not None and default not in prompts:
         raise ConfigError(f"{file}: default_prompt_name {default!r} is no prompt; {nearest(default, prompts)}")
+    if late:
+        found = pylate.read_late(config, file=file)
+        longest = max(found.query_length, found.document_length)
+        return {"prompts": prompts, "default_prompt": default, "similarity": "cosine", "late": found, "max_length": longest}
     similarity = get(config, "similarity_fn_name", str, "cosine", file=file)
     if similarity not in get_args(Similarity):
         expected = ", ".join(get_args(Similarity))

@@ -18,6 +18,7 @@ import safetensors.numpy
 
 from embedjax.config import ROLES, Architecture, ImageArchitecture, ImageTower, SiglipText, Static, Tower
 from embedjax.config.errors import ConfigError, StorageError
+from embedjax.models import pylate
 from embedjax.models.families import family_of
 from embedjax.models.layout import ROUTER_CONFIG, SETTINGS
 from embedjax.models.modules import ACTIVATIONS, BOOLEANS
@@ -102,6 +103,28 @@ def write_hf(
     return Path(folder)
 
 
+def write_pylate(
+    folder: str | Path,
+    tower: Tower,
+    params: Mapping[str, Any],
+    *,
+    write_tokenizer: Callable[[Path], object],
+    replace: bool = False,
+) -> Path:
+    """Write a PyLate folder of a tower of late interaction. Otherwise as above."""
+    with new_folder(Path(folder), replace) as root:
+        _write_encoder(root, tower, params, write_tokenizer)
+        write_json(root / "sentence_bert_config.json", {"max_seq_length": tower.max_length, "do_lower_case": False})
+        modules = [("Transformer", "")]
+        for n, kernel_and_bias in enumerate(_dense_params(tower, params)):
+            modules.append(("pylate.models.Dense.Dense", f"{n + 1}_Dense"))
+            _write_dense(root / modules[-1][1], tower, n, kernel_and_bias)
+        write_modules(root, modules)
+        prompts = {"prompts": tower.prompts or {}, "default_prompt_name": tower.default_prompt or None}
+        write_json(root / SETTINGS, {"__version__": VERSIONS, **prompts, **pylate.settings_of(tower)})
+    return Path(folder)
+
+
 def write_tower(root: Path, tower: Tower, params: Mapping[str, Any], write_tokenizer: Callable[[Path], object]) -> Modules:
     """Writes a whole model folder into an empty one; returns the kind and path of its modules."""
     check_tower(tower)
@@ -146,8 +169,9 @@ def write_prompts(root: Path, tower: Tower, versions: Mapping[str, str]) -> None
 
 
 def write_modules(root: Path, modules: Modules) -> None:
-    """Writes modules.json of kinds and paths."""
-    entries = [{"idx": n, "name": str(n), "path": path, "type": MODULE + kind} for n, (kind, path) in enumerate(modules)]
+    """Writes modules.json of kinds and paths; a kind with a dot is the whole name of a class."""
+    named = lambda kind: kind if "." in kind else MODULE + kind
+    entries = [{"idx": n, "name": str(n), "path": path, "type": named(kind)} for n, (kind, path) in enumerate(modules)]
     write_json(root / "modules.json", entries)
 
 
