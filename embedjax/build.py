@@ -33,9 +33,9 @@ from embedjax.evaluate import tasks
 from embedjax.evaluate.encode import asked, side_of
 from embedjax.evaluate.tasks.heads import HeadData, head_of
 from embedjax.export import check_format
-from embedjax.load import heads_of, make_images, make_texts, resolve_tower, tokenizer_folders
+from embedjax.load import heads_of, make_images, make_texts, read_start, resolve_tower, tokenizer_folders
 from embedjax.metrics.pace import train_flops
-from embedjax.models import folders, lora, pictures
+from embedjax.models import folders, lora
 from embedjax.models.classifier import Head
 from embedjax.models.embedder import build_embedder
 from embedjax.models.families.static import LONGEST
@@ -97,7 +97,7 @@ def _check_towers(config: Config) -> None:
     """What the towers of one model must agree in, and that each has something to do."""
     model = config.model
     losses = [loss for task in config.data.sets for loss in (task.loss, *getattr(task.loss, "losses", ()))]
-    guides = {getattr(loss, field, "") for loss in losses for field in ("guide", "teacher")}
+    guides = {getattr(loss, field, "") for loss in losses for field in ("guide", "teacher", "document_teacher")}
     if idle := sorted(model.towers.keys() - {*model.encoders} - guides):
         raise ConfigError(f"tower {idle[0]!r} encodes no column, nor does it guide or teach; give it one in model.columns")
     if "negative" in model.columns and (other := model.tower_of("positive")) != model.columns["negative"]:
@@ -281,12 +281,8 @@ def _init(config: Config, embedders, tx, mesh) -> tuple[step.TrainState, dict]:
     params = jax.jit(make, out_shardings=sharding.shardings(jax.eval_shape(make), mesh))()
     for name, tower in config.model.towers.items():
         if tower.init:
-            folder = folders.resolve(tower.init)
-            image = isinstance(tower, ImageTower)
-            read = pictures.read_params(folder, "image", tower.arch) if image else folders.read_params(folder, tower)
-            params["towers"][name] = sharding.put({"towers": {name: _overlay(params["towers"][name], read)}}, mesh)["towers"][
-                name
-            ]
+            whole = {"towers": {name: _overlay(params["towers"][name], read_start(tower))}}
+            params["towers"][name] = sharding.put(whole, mesh)["towers"][name]
     trained, constants = _partition(config, params)
     trained, stats = optim.statistics(trained)
     start = lambda trained, stats: step.init_state(trained, tx, config.optim.ema, stats)

@@ -6,8 +6,9 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
@@ -25,6 +26,8 @@ from embedjax.models.families import family_of
 from embedjax.models.image import ImageEmbedder
 from embedjax.objective import combine
 from embedjax.objective.inbatch import first_scale
+
+Kind = TypeVar("Kind", bound=Tower | ImageTower)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +54,8 @@ def load(name: str | Path) -> Model:
     sentence-transformers, Hugging Face or open_clip folder, or of a hub id. A Router, and a folder of two models `query` and
     `document`, give two towers; a model of pictures and texts two that search pictures by texts. Raises ConfigError when it is
     none of these."""
-    if is_run(Path(name)):
-        return _from_run(Path(name), "")
-    run, _, which = str(name).rpartition("@")
-    if run and is_run(Path(run)):
-        return _from_run(Path(run), which)
+    if found := run_of(str(name)):
+        return _from_run(*found)
     folder = folders.resolve(str(name))
     routes = layout.routes(folder)
     found = None if routes else pictures.find(folder)
@@ -171,7 +171,7 @@ def resolve_image_tower(tower: ImageTower, known: ImageTower | None = None) -> I
     if known is not None and known.init == tower.init:
         base = known
     elif tower.init:
-        base = pictures.read_image_tower(folders.resolve(tower.init))
+        base = _start(tower.init, ImageTower)
     else:
         base = ImageTower(tower.arch, pixels=Pixels(), dense=(), normalize=True, similarity="cosine")
     given = {f.name: getattr(tower, f.name) for f in dataclasses.fields(tower)}
@@ -196,7 +196,7 @@ def resolve_text_tower(tower: Tower, known: Tower | None = None) -> Tower:
     if known is not None and known.init == tower.init:
         base = known
     elif tower.init:
-        base = folders.read_tower(folders.resolve(tower.init))
+        base = _start(tower.init, Tower)
     else:
         base = Tower(
             arch=tower.arch,
@@ -246,6 +246,54 @@ def _late(tower: Tower, base: Tower) -> dict[str, Any]:
     if tower.dense is None and not base.late:  # its projections, if any, are those of a pooled vector
         found["dense"] = (Dense(TOKEN_FEATURES, bias=False, activation="identity"),)
     return found
+
+
+def read_start(tower: Tower | ImageTower) -> dict[str, Any]:
+    """The parameters that a resolved tower starts from, numpy float32: those of its `init`, a folder, hub id or run. Raises
+    ConfigError where they are of another tower."""
+    kind = ImageTower if isinstance(tower, ImageTower) else Tower
+    known = _start(tower.init, kind)
+    if known.dense and known.dense != tower.dense:
+        raise ConfigError(f"{tower.init} has the projections {known.dense}, the tower {tower.dense}")
+    if run := run_of(tower.init):
+        model = _from_run(*run)
+        params = plain_params(model, _only(model.config, kind, tower.init))
+        params = jax.tree.map(np.asarray, params)
+        return {**params, "encoder": pictures.fitted(params["encoder"], known.arch, tower.arch, tower.init)}
+    folder = folders.resolve(tower.init)
+    if isinstance(tower, ImageTower):
+        return pictures.read_params(folder, "image", tower.arch)
+    return folders.read_params(folder, tower)
+
+
+def _start(init: str, kind: type[Kind]) -> Kind:
+    """The resolved tower of a folder, hub id or run, of one kind."""
+    if run := run_of(init):
+        model = serialize.read(run[0] / "config.json").model
+        name = _only(model, kind, init)
+        tower = dataclasses.replace(model.towers[name], init=init, lora={}, freeze_layers=0)
+        if isinstance(tower, Tower):
+            tower = dataclasses.replace(tower, tokenizer=str(tokenizer_folders(run[0], model)[name]))
+    else:
+        folder = folders.resolve(init)
+        tower = pictures.read_image_tower(folder) if kind is ImageTower else folders.read_tower(folder)
+    assert isinstance(tower, kind)
+    return tower
+
+
+def _only(model: configs.Model, kind: type, init: str) -> str:
+    """The name of a run's one tower of a kind."""
+    names = [name for name in model.encoders if isinstance(model.towers[name], kind)]
+    if len(names) != 1:
+        what = "pictures" if kind is ImageTower else "texts"
+        raise ConfigError(f"a tower's init is the run {init}, which has {len(names)} towers of {what} ({names}); one is needed")
+    return names[0]
+
+
+def run_of(name: str) -> tuple[Path, str] | None:
+    """(run folder, which of its saves) that RUN or RUN@WHICH means; None for a name of something else."""
+    run, _, which = (name, "", "") if is_run(Path(name)) else name.rpartition("@")
+    return (Path(run), which) if run and is_run(Path(run)) else None
 
 
 def is_run(path: Path) -> bool:

@@ -1,7 +1,9 @@
 """Eight simulated devices, no rank promoted unasked, and the folder of real data sets for every test."""
 
+import io
 import os
 import pathlib
+import tarfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA aborts a collective whose threads do not all arrive in time, which busy cores make likely. Most of the time goes to
@@ -133,3 +135,25 @@ def pair():
     columns = {"anchor": "text", "positive": "image"}
     texts = {"text": Texts(tokenizer, max_length=16)}
     return Model(c.Model(towers, columns), embedders, {"towers": params}, texts, {}, "tiny")
+
+
+@pytest.fixture
+def shards(tmp_path) -> str:
+    """Two archives of 24 captioned pictures each, as webdataset lays them out: coloured squares somewhere on grey."""
+    draw = np.random.default_rng(0)
+    colours = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 230), "white": (250, 250, 250)}
+    for n in range(2):
+        with tarfile.open(tmp_path / f"pairs-{n}.tar", "w") as archive:
+            for i in range(24):
+                name = list(colours)[i % 4]
+                picture = np.full((20, 24, 3), 120, np.uint8)
+                y, x = draw.integers(0, 10, 2)
+                picture[y : y + 10, x : x + 10] = colours[name]
+                out = io.BytesIO()
+                Image.fromarray(picture).save(out, "PNG")
+                caption = f"a {WORDS[3 + (i + n) % 7]} {name} square".encode()
+                for ending, data in (("png", out.getvalue()), ("txt", caption)):
+                    member = tarfile.TarInfo(f"{n}-{i:02}.{ending}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+    return str(tmp_path / "pairs-{0..1}.tar")

@@ -141,15 +141,18 @@ def read_params(folder: Path, side: str, arch: Any) -> dict[str, Any]:
     """{"encoder": ..., "dense": {"0": ...}} of one tower of a folder, numpy float32, for pictures of the size of `arch`. Raises
     ConfigError when the folder's tower is another."""
     found = required(folder, side)
-    known = found.parts[side].arch
     params = found.params()["towers"][side]
-    if isinstance(arch, ImageArchitecture) and known != arch:
-        free = ("image", "dropout", "attention_dropout", "patch_dropout")
-        like = {name: getattr(known, name) for name in free if hasattr(known, name)}
-        if type(arch) is not type(known) or dataclasses.replace(arch, **like) != known:
-            raise ConfigError(f"{folder} holds the image tower {known}, not {arch}")
-        params["encoder"] = family_of(arch).resized(params["encoder"], known, arch)
-    return params
+    return {**params, "encoder": fitted(params["encoder"], found.parts[side].arch, arch, str(folder))}
+
+
+def fitted(encoder: dict[str, Any], known: Any, arch: Any, origin: str) -> dict[str, Any]:
+    """The parameters of an encoder `known` for `arch`, which may differ in dropout and, of pictures, in their size. Raises
+    ConfigError, naming `origin`, where it differs in more."""
+    free = [name for name in ("dropout", "attention_dropout", "patch_dropout", "image") if hasattr(arch, name)]
+    if type(arch) is not type(known) or dataclasses.replace(arch, **{name: getattr(known, name) for name in free}) != known:
+        raise ConfigError(f"{origin} holds the tower {known}, not {arch}")
+    resize = isinstance(known, ImageArchitecture) and known != arch
+    return family_of(arch).resized(encoder, known, arch) if resize else encoder
 
 
 def _side(folder: Path, default: int) -> int:
