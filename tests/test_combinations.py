@@ -65,6 +65,7 @@ LOSSES = {
     "margin-mse": config.MarginMse(),
     "kl": config.KlDistillation(temperature=0.5),
     "kl of a tower": config.KlDistillation(teacher="wise"),
+    "scores of a batch": config.ContrastiveDistillation(teacher="wise", scale=5.0, learn_scale=True, teacher_scale=10.0),
     "global orthogonal": config.GlobalOrthogonal(),
     "classes": config.Classify(classes=4),
     "classes of pairs": config.ClassifyPair(classes=4, label_smoothing=0.1),
@@ -163,6 +164,7 @@ FEW = {
     ("layers", "batch hard", "cached"),
     ("2d matryoshka", "triplet", "plain"),
     ("sum", "contrastive", "cached"),
+    ("alone", "scores of a batch", "cached"),
 }
 
 

@@ -108,6 +108,7 @@ def sets(*losses):
         ((config.Siglip(), config.MultipleNegatives(learn_scale=True)), "'set0' and 'set1'.*scale.*10 and 20"),
         ((config.Siglip(learn_scale=False), config.CoSent(), config.Siglip(bias=-5.0)), "'set0' and 'set2'.*bias.*-10 and -5"),
         ((config.Sum(losses=(config.Siglip(), config.MultipleNegatives(learn_scale=True))),), "scale.*10 and 20"),
+        ((config.Sum(losses=(config.Siglip(), config.ContrastiveDistillation(learn_scale=True))),), "scale.*10 and 100"),
     ],
 )
 def test_a_scale_or_bias_that_is_learned_begins_with_one_value(losses, word):

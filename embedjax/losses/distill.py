@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from embedjax.losses.contrastive import floats
+from embedjax.losses.contrastive import floats, normalize
 from embedjax.losses.pairwise import Similarity, norm, similarity
 
 
@@ -51,6 +51,40 @@ def spread(scores_BC: Float[Array, "B C"]) -> Float[Array, "B C"]:
     low_B1 = scores_BC.min(1, keepdims=True)
     width_B1 = scores_BC.max(1, keepdims=True) - low_B1
     return (scores_BC - low_B1) / jnp.where(width_B1 > 0, width_B1 + 1e-8, 1)
+
+
+def contrastive(
+    anchor: Float[Array, "B D"],
+    candidates: Float[Array, "B C D"],
+    teacher: tuple[Float[Array, "B G"], Float[Array, "B C G"]],
+    scale: Float[Array, ""] | float,
+    teacher_scale: float,
+    kinds: tuple[Similarity, Similarity],
+) -> Float[Array, ""]:
+    """The mean over rows of KL(teacher || student) of the softmax of an anchor over all B C candidates, and of a positive
+    (`candidates[:, 0]`) over all anchors, half of each (Yang et al. 2024, the contrastive relational distillation of CLIP-KD).
+
+    `teacher` are anchors and candidates as the teacher has them, `kinds` how the student and the teacher compare vectors.
+    """
+    student = _logs(anchor, candidates, scale, kinds[0])
+    taught = _logs(*jax.lax.stop_gradient(teacher), teacher_scale, kinds[1])
+    each = [divergence(log_p, log_q).mean() for log_p, log_q in zip(taught, student, strict=True)]
+    return (each[0] + each[1]) / 2
+
+
+def _logs(
+    anchor: Float[Array, "B D"], candidates: Float[Array, "B C D"], scale: Float[Array, ""] | float, kind: Similarity
+) -> tuple[Float[Array, "B N"], Float[Array, "B B"]]:
+    """The logarithms of both softmaxes: of each anchor, and of each positive."""
+    make = normalize if kind == "cosine" else floats
+    x_BD, y_BCD = make(anchor), make(candidates)
+    # Accelerators multiply float32 in less by default.
+    scored = lambda y_ND: scale * jnp.matmul(x_BD, y_ND.T, precision=jax.lax.Precision.HIGHEST)
+    of_positives = scored(y_BCD[:, 0])
+    whole_BN = of_positives
+    if candidates.shape[1] > 1:
+        whole_BN = jnp.concatenate([of_positives, scored(y_BCD[:, 1:].reshape(-1, y_BCD.shape[-1]))], 1)
+    return jax.nn.log_softmax(whole_BN, -1), jax.nn.log_softmax(of_positives.T, -1)
 
 
 def divergence(log_p: Float[Array, "*n C"], log_q: Float[Array, "*n C"]) -> Float[Array, "*n"]:

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from embedjax.config import KlDistillation, MarginMse, Model, Set, Taught, VectorDistillation
+from embedjax.config import ContrastiveDistillation, KlDistillation, MarginMse, Model, Set, Taught, VectorDistillation
 from embedjax.config.errors import ConfigError
 from embedjax.losses import distill
 from embedjax.losses.compose import vectors_prefix
 from embedjax.models.embedder import Embedder
-from embedjax.objective.encoding import frozen_tower, texts
+from embedjax.objective.encoding import frozen_towers, texts
 from embedjax.objective.kinds import Objective
 from embedjax.objective.wrapped import normalized_prefixes
 
@@ -26,7 +26,7 @@ def vectors(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: Me
     if len({embedders[model.tower_of(column)].width for column in columns}) > 1:
         raise ConfigError(f"set {task.name!r}: the teacher's vectors cannot fit towers of two widths")
     if loss.teacher:
-        targets = frozen_tower("teacher", loss.teacher, columns, task, model, embedders)
+        targets = _teacher(task, loss, columns, model, embedders)
     else:
         targets = lambda constants, columns: {"anchor": columns["vectors"], "positive": columns["vectors"][:, None]}
     normalized = normalized_prefixes(task, model, embedders)
@@ -82,7 +82,7 @@ def stored_scores(task: Set) -> Callable:
 
 
 def _taught_scores(task: Set, loss: Taught, model: Model, embedders: Mapping[str, Embedder]) -> Callable:
-    teach = frozen_tower("teacher", loss.teacher, ("anchor", "positive"), task, model, embedders)
+    teach = _teacher(task, loss, ("anchor", "positive"), model, embedders)
     similarity = model.towers[loss.teacher].similarity or "cosine"
 
     def targets(constants, columns):
@@ -90,6 +90,38 @@ def _taught_scores(task: Set, loss: Taught, model: Model, embedders: Mapping[str
         return distill.scores(outputs["anchor"], outputs["positive"], similarity)
 
     return targets
+
+
+def contrastive(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: Mesh) -> Objective:
+    """The student's scores of the whole batch against those of the teacher's towers. Raises ConfigError without a teacher."""
+    loss = task.loss
+    assert isinstance(loss, ContrastiveDistillation)
+    if not loss.teacher:
+        raise ConfigError(f"set {task.name!r}: ContrastiveDistillation needs a `teacher`, a frozen tower")
+    teach = _teacher(task, loss, ("anchor", "positive"), model, embedders)
+    kinds = model.similarity, model.towers[loss.teacher].similarity or "cosine"
+
+    def value(params, outputs, targets, key):
+        scale = jnp.exp(params["loss"]["scale"]) if loss.learn_scale else loss.scale
+        teacher = targets["anchor"], targets["positive"]
+        found = distill.contrastive(outputs["anchor"], outputs["positive"], teacher, scale, loss.teacher_scale, kinds)
+        return found, {"scale": scale} if loss.learn_scale else {}
+
+    return Objective(texts(task, model, embedders), teach, value)
+
+
+def _teacher(task: Set, loss: Taught, columns: tuple[str, ...], model: Model, embedders: Mapping[str, Embedder]) -> Callable:
+    """`(constants, columns) -> outputs`: the teacher's vectors, of two towers where the loss names two. Raises ConfigError for
+    two whose vectors cannot be compared with each other."""
+    towers = {"anchor": loss.teacher, "positive": loss.document_teacher or loss.teacher}
+    towers = {column: towers[column] for column in columns}
+    teach = frozen_towers("teacher", towers, task, model, embedders)
+    told = {name: (embedders[name].width, model.towers[name].similarity or "cosine") for name in towers.values()}
+    if len(set(told.values())) > 1:
+        raise ConfigError(
+            f"set {task.name!r}: the teacher's towers are to be compared with each other, but have vectors of {told}"
+        )
+    return teach
 
 
 def _texts(outputs: Mapping):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, UInt32
 
-from embedjax.config import Layers, Model, Pooled, Set, Static, Tower
+from embedjax.config import ImageTower, Layers, Model, Pixels, Pooled, Set, Static, Tower
 from embedjax.config.errors import ConfigError, nearest
 from embedjax.models.embedder import Embedder
 from embedjax.objective.kinds import combine
@@ -107,28 +107,51 @@ def _embed(embedder: Embedder, params, column, row, key, step_key, layers: Layer
     return (out.pooled, jnp.stack(earlier, -2)), out.stats
 
 
-def frozen_tower(
-    what: str, name: str, texts: tuple[str, ...], task: Set, model: Model, embedders: Mapping[str, Embedder]
-) -> Callable:
-    """`(constants, columns) -> outputs`: the vectors of a set's columns by a frozen tower. It reads the tokens that were made
-    for the columns' own towers, as far as these read, so it must tokenize and prompt as they do.
+def frozen_towers(what: str, towers: Mapping[str, str], task: Set, model: Model, embedders: Mapping[str, Embedder]) -> Callable:
+    """`(constants, columns) -> outputs`: the vectors of a set's columns by frozen towers, {column: tower}. They read the tokens
+    and pictures that were made for the columns' own towers, as far as these read, so they must tokenize, prompt and cut as
+    those do.
 
-    `what` calls it in errors. Raises ConfigError for a tower that is not there or would read other tokens; when it is called,
-    for one of which a part is trained.
+    `what` calls them in errors. Raises ConfigError for a tower that is not there or would read other tokens or pictures; when
+    it is called, for one of which a part is trained.
     """
-    if name not in model.towers:
-        raise ConfigError(f"the loss's {what} {name!r} is no tower; {nearest(name, model.towers)}")
-    for column in texts:
-        _require_equal_tokens(what, name, column, task, model)
-    embed = encoder(Model(model.towers, dict.fromkeys(("anchor", "positive"), name)), embedders)
+    for column, name in towers.items():
+        if name not in model.towers:
+            raise ConfigError(f"the loss's {what} {name!r} is no tower; {nearest(name, model.towers)}")
+        _require_equal_inputs(what, name, column, task, model)
+    embed = encoder(Model(model.towers, dict(towers)), embedders)
 
     def encode(constants, columns):
-        _require_whole(what, name, constants.get("towers", {}).get(name, {}), embedders[name])
+        for name in dict.fromkeys(towers.values()):
+            _require_whole(what, name, constants.get("towers", {}).get(name, {}), embedders[name])
         found = candidates(columns)
-        outputs = embed(constants["towers"], {column: found[column] for column in texts}, columns["row"], None)
+        outputs = embed(constants["towers"], {column: found[column] for column in towers}, columns["row"], None)
         return jax.lax.stop_gradient(outputs)
 
     return encode
+
+
+def _require_equal_inputs(what: str, name: str, column: str, task: Set, model: Model) -> None:
+    theirs, ours = model.towers[name], model.towers[model.tower_of(column)]
+    if isinstance(theirs, ImageTower) != isinstance(ours, ImageTower):
+        kind = lambda tower: "pictures" if isinstance(tower, ImageTower) else "texts"
+        raise ConfigError(f"{what} {name!r} is a tower of {kind(theirs)}, but column {column!r} holds {kind(ours)}")
+    if isinstance(theirs, ImageTower):
+        _require_equal_pictures(what, name, theirs, model.tower_of(column), ours)
+    else:
+        _require_equal_tokens(what, name, column, task, model)
+
+
+def _require_equal_pictures(what: str, name: str, theirs: ImageTower, own: str, ours: Tower | ImageTower) -> None:
+    """Mean and deviation may differ: they are taken of the bytes by each tower."""
+    assert isinstance(ours, ImageTower)
+    fields = ("fit", "shorter", "interpolation")
+    parts = lambda tower: (tower.arch and tower.arch.image, *(getattr(tower.pixels or Pixels(), field) for field in fields))
+    if parts(theirs) != parts(ours):
+        raise ConfigError(
+            f"{what} {name!r} reads the pictures of tower {own!r}, so they must share their size and what of `pixels` cuts and "
+            f"scales; they have {parts(theirs)} and {parts(ours)}"
+        )
 
 
 def _require_equal_tokens(what: str, name: str, column: str, task: Set, model: Model) -> None:
@@ -137,6 +160,7 @@ def _require_equal_tokens(what: str, name: str, column: str, task: Set, model: M
         "the tokenizer": lambda tower: (tower.tokenizer or tower.init, tower.arch and tower.arch.vocab_size, tower.lowercase),
         "special tokens, which static tables do without": lambda tower: type(tower.arch) is Static,
         "what late interaction adds to texts": lambda tower: tower.late,
+        "padding that counts as any token": lambda tower: bool(tower.arch and tower.arch.fills),
         f"the prompt of column {column!r}": lambda tower: _prompt(tower, tower.prompt_for(column, task.prompt)),
     }
     for part, of in parts.items():

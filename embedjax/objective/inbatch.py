@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from embedjax.config import InBatch, Model, MultipleNegatives, Set, Siglip, Sum
+from embedjax.config import ContrastiveDistillation, InBatch, Model, MultipleNegatives, Set, Siglip, Sum
 from embedjax.config.errors import ConfigError
 from embedjax.config.model import Similarity
 from embedjax.losses import contrastive, streaming
 from embedjax.losses.compose import matryoshka
 from embedjax.losses.contrastive import Guide, Hashes, Pairs, Rule
 from embedjax.models.embedder import Embedder
-from embedjax.objective.encoding import frozen_tower, texts
+from embedjax.objective.encoding import frozen_towers, texts
 from embedjax.objective.kinds import MAX_SCALE, Objective
 from embedjax.objective.wrapped import chosen_prefixes
 from embedjax.sharding import BATCH_AXES
@@ -70,8 +70,11 @@ def first_values(tasks: Sequence[Set], model: Model) -> dict[str, float]:
     found: dict[str, tuple[float, str]] = {}
     for task in tasks:
         for loss in task.loss.losses if isinstance(task.loss, Sum) else (task.loss,):
-            mine = {"scale": first_scale(loss, model)} if isinstance(loss, InBatch) and loss.learn_scale else {}
-            mine |= {"bias": loss.bias} if isinstance(loss, Siglip) and loss.learn_bias else {}
+            mine: dict[str, float] = {}
+            if isinstance(loss, InBatch | ContrastiveDistillation) and loss.learn_scale:
+                mine["scale"] = first_scale(loss, model)
+            if isinstance(loss, Siglip) and loss.learn_bias:
+                mine["bias"] = loss.bias
             for name, value in mine.items():
                 other, of = found.setdefault(name, (value, task.name))
                 if other != value:
@@ -82,7 +85,7 @@ def first_values(tasks: Sequence[Set], model: Model) -> dict[str, float]:
     return {name: value for name, (value, _) in found.items()}
 
 
-def first_scale(loss: InBatch, model: Model) -> float:
+def first_scale(loss: InBatch | ContrastiveDistillation, model: Model) -> float:
     """The factor on the scores, at first if it is learned."""
     if loss.scale is not None:
         return loss.scale
@@ -158,7 +161,7 @@ def _guide(task: Set, loss: InBatch, model: Model, embedders: Mapping[str, Embed
     """`(constants, columns) -> Guide`: the guide tower's vectors of the same texts, which it must tokenize the same way."""
     if not loss.guide:
         return lambda constants, columns: None
-    encode = frozen_tower("guide", loss.guide, ("anchor", "positive"), task, model, embedders)
+    encode = frozen_towers("guide", dict.fromkeys(("anchor", "positive"), loss.guide), task, model, embedders)
 
     def guide(constants, columns):
         outputs = encode(constants, columns)

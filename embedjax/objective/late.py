@@ -9,13 +9,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from embedjax.config import InBatch, KlDistillation, MarginMse, Model, MultipleNegatives, Set
+from embedjax.config import InBatch, KlDistillation, MarginMse, Model, MultipleNegatives, Set, Taught
 from embedjax.config.errors import ConfigError
 from embedjax.losses import late
 from embedjax.losses.late import Tokens
 from embedjax.models.embedder import Embedder
 from embedjax.objective.distill import judged, stored_scores
-from embedjax.objective.encoding import candidates, frozen_tower, texts
+from embedjax.objective.encoding import candidates, frozen_towers, texts
 from embedjax.objective.inbatch import hashes_of, learned, rule_of
 from embedjax.objective.kinds import Objective
 from embedjax.sharding import BATCH_AXES
@@ -58,7 +58,7 @@ def scores(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: Mes
         raise ConfigError(
             f"set {task.name!r}: late interaction compares by MaxSim; leave {type(loss).__name__}.similarity None"
         )
-    teach = _taught(loss.teacher, task, model, embedders) if loss.teacher else stored_scores(task)
+    teach = _taught(loss, task, model, embedders) if loss.teacher else stored_scores(task)
 
     def targets(constants, columns):
         return compared(columns), teach(constants, columns)
@@ -80,10 +80,14 @@ def tokens(outputs: Mapping[str, Array], masks: Mapping[str, Array]) -> tuple[To
     return Tokens(outputs["anchor"], masks["anchor"]), Tokens(outputs["positive"], masks["positive"])
 
 
-def _taught(teacher: str, task: Set, model: Model, embedders: Mapping[str, Embedder]) -> Callable:
-    if not model.is_late(teacher):
-        raise ConfigError(f"set {task.name!r}: the teacher {teacher!r} reads the student's tokens, so it must be late as it is")
-    encode = frozen_tower("teacher", teacher, ("anchor", "positive"), task, model, embedders)
+def _taught(loss: Taught, task: Set, model: Model, embedders: Mapping[str, Embedder]) -> Callable:
+    towers = {"anchor": loss.teacher, "positive": loss.document_teacher or loss.teacher}
+    for name in towers.values():
+        if not model.is_late(name):
+            raise ConfigError(
+                f"set {task.name!r}: the teacher {name!r} reads the student's tokens, so it must be late as it is"
+            )
+    encode = frozen_towers("teacher", towers, task, model, embedders)
     return lambda constants, columns: late.maxsim_own(*tokens(encode(constants, columns), compared(columns)))
 
 

@@ -14,6 +14,7 @@ RNG = np.random.default_rng(3)
 X, Y = RNG.normal(size=(2, B, D))
 C = RNG.normal(size=(B, 3, D))
 SCORES = RNG.uniform(size=(B, 3)).round(1)  # some are equal
+TAUGHT_X, TAUGHT_C = RNG.normal(size=(B, 3)), RNG.normal(size=(B, 3, 3))  # a teacher's vectors, of another width
 BINARY = np.array([0, 1, 1, 0, 1, 0, 0, 1, 1, 0])
 CLASSES = np.array([0, 0, 0, 1, 1, 2, 2, 2, 3, 2])  # one of them has a single text
 RELU = lambda x: max(x, 0.0)
@@ -33,6 +34,9 @@ OURS = {
     "vectors": lambda x, y, c: distill.vectors(c, Y[:, None], "l2"),
     "margin-mse": lambda x, y, c: distill.margin_mse(distill.scores(x, c, "dot"), SCORES),
     "kl": lambda x, y, c: distill.kl(distill.scores(x, c, "cosine"), SCORES, 0.5, 2.0),
+    "scores of a batch": lambda x, y, c: distill.contrastive(
+        x, c, (jnp.asarray(TAUGHT_X), TAUGHT_C), 4.0, 1.5, ("cosine", "dot")
+    ),
     "orthogonal": lambda x, y, c: sum(part.sum() for part in compose.global_orthogonal(jnp.moveaxis(c, 1, 0), "cosine")),
     "layers": lambda x, y, c: compose.layer_divergence({"anchor": c}, {"anchor": jnp.asarray(Y)}, 0.3),
 }
@@ -94,6 +98,16 @@ def kl(p, q):
     return (p * np.log(p / q)).sum()
 
 
+def of_a_batch():
+    """Rows over all candidates, and the columns of the positives over all anchors."""
+    student = [[4.0 * cosine(x, y) for y in (*C[:, 0], *C[:, 1], *C[:, 2])] for x in X]
+    teacher = [[1.5 * x @ y for y in (*TAUGHT_C[:, 0], *TAUGHT_C[:, 1], *TAUGHT_C[:, 2])] for x in TAUGHT_X]
+    student, teacher = np.array(student), np.array(teacher)
+    rows = np.mean([kl(softmax(teacher[i]), softmax(student[i])) for i in range(B)])
+    columns = np.mean([kl(softmax(teacher[:, j]), softmax(student[:, j])) for j in range(B)])
+    return (rows + columns) / 2
+
+
 def orthogonal():
     total = 0
     for column in np.moveaxis(C, 1, 0):
@@ -123,6 +137,7 @@ def wanted():
             [(X[i] @ (C[i, 0] - C[i, k]) - (SCORES[i, 0] - SCORES[i, k])) ** 2 for i in range(B) for k in (1, 2)]
         ),
         "kl": np.mean([kl(softmax(SCORES[i] / 2), softmax(s[i] / 0.5)) for i in range(B)]) * 0.25,
+        "scores of a batch": of_a_batch(),
         "orthogonal": orthogonal(),
         "layers": np.mean([kl(softmax(Y[i] / 0.3), softmax(C[i, k] / 0.3)) for i in range(B) for k in range(3)]) * 3 * 0.3,
     }

@@ -5,7 +5,14 @@ import dataclasses
 from embedjax.config.errors import ConfigError
 from embedjax.config.losses.classify import ClassHead, Classify, ClassifyPair, SupCon
 from embedjax.config.losses.compose import GlobalOrthogonal
-from embedjax.config.losses.distill import Distillation, KlDistillation, MarginMse, Taught, VectorDistillation
+from embedjax.config.losses.distill import (
+    ContrastiveDistillation,
+    Distillation,
+    KlDistillation,
+    MarginMse,
+    Taught,
+    VectorDistillation,
+)
 from embedjax.config.losses.inbatch import InBatch, MultipleNegatives, Siglip
 from embedjax.config.losses.pairwise import AnglE, Contrastive, CoSent, CosineRegression, OnlineContrastive, Pairwise
 from embedjax.config.losses.pooled import Layers, Pooled, require_numbers
@@ -32,6 +39,7 @@ __all__ = [
     "ClassifyPair",
     "CoSent",
     "Contrastive",
+    "ContrastiveDistillation",
     "CosineRegression",
     "DenoisingAutoEncoder",
     "GlobalOrthogonal",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from embedjax.config.errors import ConfigError
 from embedjax.config.losses.pooled import Pooled
@@ -15,6 +15,15 @@ class Taught(Pooled):
 
     teacher: str = ""
     """A frozen tower that teaches in the same step, with the tokenizer of the student; empty for the set's own columns."""
+    document_teacher: str = ""
+    """The frozen tower of positives and negatives where it is another, as the tower of pictures of a CLIP that teaches; it sees
+    the pictures that the student's tower sees, and their colours unvaried. Empty for the same."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.document_teacher and not self.teacher:
+            name = type(self).__name__
+            raise ConfigError(f"{name}.document_teacher is {self.document_teacher!r}, but no teacher is named; name both")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,4 +82,29 @@ class KlDistillation(TaughtScores):
                 raise ConfigError(f"KlDistillation.{name} is {getattr(self, name)}; it must be above 0 and finite")
 
 
-Distillation = VectorDistillation | MarginMse | KlDistillation
+@dataclasses.dataclass(frozen=True)
+class ContrastiveDistillation(Taught):
+    """What the student finds alike is to be what the teacher finds alike: its softmax of each anchor over all documents of the
+    global batch, and of each positive over all anchors (contrastive relational distillation of CLIP-KD, Yang et al. 2024;
+    TinyCLIP's affinity mimicking, Wu et al. 2023, differs by a constant). By a tower or two, not from columns; mostly in a
+    `Sum` with an in-batch loss. All scores of the batch are held at once."""
+
+    takes: ClassVar[tuple[str, ...]] = ("negative",)
+
+    scale: float = 100.0
+    """Factor on the student's similarities, at most 100."""
+    learn_scale: bool = False
+    """Train the logarithm of the student's scale, held in [0, ln 100]; one scale, shared by all losses that learn it."""
+    teacher_scale: float = 100.0
+    """Factor on the teacher's similarities: what its own training ended with; OpenAI's CLIPs with 100."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("scale", "teacher_scale"):
+            if not 0 < (value := getattr(self, name)) <= 100:
+                raise ConfigError(f"ContrastiveDistillation.{name} is {value}; it must be above 0 and at most 100")
+        if self.learn_scale and self.scale < 1:
+            raise ConfigError(f"ContrastiveDistillation.scale is {self.scale}; one that is learned must be at least 1")
+
+
+Distillation = VectorDistillation | MarginMse | KlDistillation | ContrastiveDistillation
