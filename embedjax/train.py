@@ -192,7 +192,8 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
                     )  # fmt: skip
                     status.line(f"exported {_shown(exported)} (parity: largest difference {difference:.0e})")
         if config.evaluate.baseline:
-            told = report.lines(model(config.steps), prepared, evaluated, _shown(exported or folder), run.mesh)
+            shown = _shown(exported or folder)
+            told = report.lines(model(config.steps), prepared, evaluated, shown, run.mesh, _shown(folder))
             with distributed.together("the report", patience):
                 for line in told if first else ():
                     status.line(line)

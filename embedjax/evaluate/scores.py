@@ -58,6 +58,18 @@ def recall_at(gains: Gains, ideal: Gains, k: int) -> PerQuery:
     return _ratio((gains[:, :k] > 0).sum(1), (ideal > 0).sum(1))
 
 
+def by_chance(judgements: Sequence[Mapping[int, float]], documents: int) -> dict[str, float]:
+    """What success@1, @5 and @10 and mrr@10 are on average where the order of so many documents is random."""
+    relevant = np.array([sum(gain > 0 for gain in judged.values()) for judged in judgements], np.float64)
+    left, first = np.ones(len(relevant)), []
+    for rank in range(min(10, documents)):  # the probability that the first relevant one has this rank
+        first.append(left * relevant / (documents - rank))
+        left = left - first[-1]
+    firsts = np.stack(first) if first else np.zeros((1, len(relevant)))
+    found = {f"success@{k}": float(firsts[:k].sum(0).mean()) for k in (1, 5, 10)}
+    return found | {"mrr@10": float((firsts / np.arange(1, len(firsts) + 1)[:, None]).sum(0).mean())}
+
+
 def binary(scores: Float[np.ndarray, " N"], right: Bool[np.ndarray, " N"]) -> dict[str, float]:
     """What similarities tell of a yes or no: average precision; the accuracy at the threshold best for it; F1, precision and
     recall at the threshold best for F1. Pairs above a threshold are taken for right; equal scores stay together.

@@ -90,7 +90,7 @@ class Progress:
         self.pace = Pace()
         self.ema: float | None = None
         self.seen: set[str] = set()
-        self.busy = 0.0  # seconds of steps that were not a first call, for the remaining time
+        self.busy = self.waited = 0.0  # seconds of steps that were not a first call, and of them those for data
         self.counted = 0
         self.waiting_seconds = 0.0
 
@@ -117,6 +117,7 @@ class Progress:
             before = self.pace.last
             self.pace.step(self.pairs, flops, self.waiting_seconds)
             self.busy += self.pace.last - before
+            self.waited += self.waiting_seconds
             self.counted += 1
         if bad == 0:
             self.ema = row["loss"] if self.ema is None else 0.98 * self.ema + 0.02 * row["loss"]
@@ -136,5 +137,5 @@ class Progress:
 
     def summary(self) -> str:
         """One line on the whole run."""
-        rate = self.pairs * self.counted / self.busy if self.busy else 0.0
-        return f"trained {self.steps - self.start} steps, {rate:.0f} pairs/s"
+        rate, share = (self.pairs * self.counted / self.busy, self.waited / self.busy) if self.busy else (0.0, 0.0)
+        return f"trained {self.steps - self.start} steps, {rate:.0f} pairs/s, data wait {100 * min(1.0, share):.1f}%"

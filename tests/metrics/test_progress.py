@@ -118,7 +118,20 @@ def test_the_status_line_has_what_a_person_looks_for():
         "util",
     ):
         assert word in last
-    assert progress.summary().startswith("trained 2 steps")
+    assert progress.summary().startswith("trained 2 steps") and progress.summary().endswith(" pairs/s, data wait 0.0%")
+
+
+def test_the_summary_has_the_share_of_all_steps_but_the_first_of_a_shape(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    progress = Progress(status=Status(io.StringIO()), writer=None, start=0, steps=5, pairs=10, log_every=1, peak=None)
+    progress.pace = Pace(lambda: now[0])
+    for step, (waited, whole) in enumerate([(9.0, 9.0), (0.5, 2.0), (0.0, 1.0), (0.25, 1.0), (0.25, 1.0)], 1):
+        with progress.waiting():
+            now[0] += waited
+        now[0] += whole - waited
+        progress.read(step, "a", 1.0, metrics())
+    assert progress.summary() == "trained 5 steps, 8 pairs/s, data wait 20.0%"
 
 
 def test_the_third_bad_step_in_a_row_stops():
