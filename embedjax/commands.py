@@ -55,8 +55,9 @@ def train(arguments: Sequence[str]) -> None:
 
 
 def _config_of(command: str, arguments: Sequence[str]) -> tuple[Config, list[str], str]:
-    """(the config of the file named first, the rest of the arguments, the file); with --help alone, an example's."""
-    from embedjax.config.load import from_file
+    """(the config of the file, or FILE.py:FUNCTION, named first, the rest of the arguments, the file); with --help alone, an
+    example's."""
+    from embedjax.config.load import from_file, function_of
 
     if not arguments or arguments[0].startswith("-"):
         if not {"-h", "--help"} & set(arguments):
@@ -64,7 +65,7 @@ def _config_of(command: str, arguments: Sequence[str]) -> tuple[Config, list[str
         return EXAMPLE, list(arguments), "CONFIG"
     config = from_file(Path(arguments[0]))
     if config.name == "run":
-        config = dataclasses.replace(config, name=Path(arguments[0]).stem)
+        config = dataclasses.replace(config, name=function_of(Path(arguments[0]))[0].stem)
     return config, list(arguments[1:]), arguments[0]
 
 

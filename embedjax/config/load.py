@@ -1,9 +1,16 @@
-"""A config from a Python file: the one place where a user's code runs."""
+"""A config from a Python file: the one place where a user's code runs.
+
+A file may hold several, such as the sizes of one recipe: `FILE.py` means what its function `config()` returns, and
+`FILE.py:NAME` what `NAME()` does.
+"""
 
 import dataclasses
 import importlib.util
+import inspect
 import re
 import traceback
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 from embedjax import config as names
@@ -13,7 +20,8 @@ from embedjax.config.serialize import from_json, to_json
 
 
 def from_file(path: Path) -> Config:
-    """What `config()` of a Python file returns, its values checked. Raises ConfigError."""
+    """What `config()`, or the function after the colon, of a Python file returns, its values checked. Raises ConfigError."""
+    path, wanted = function_of(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
     spec = importlib.util.spec_from_file_location(f"embedjax_config_{path.stem}", path)
@@ -22,17 +30,33 @@ def from_file(path: Path) -> Config:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.config()
+        made = getattr(module, wanted) if wanted == "config" else _named(module, wanted)
+        config = made()
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except Exception as error:  # whatever the user's file does wrong is told in one line
         raise ConfigError(f"{path}: {_diagnosis(error) or f'{type(error).__name__}: {error}'}") from error
     if not isinstance(config, Config):
-        raise ConfigError(f"{path}: config() returned {type(config).__name__}, not embedjax.config.Config")
+        raise ConfigError(f"{path}: {wanted}() returned {type(config).__name__}, not embedjax.config.Config")
     try:
         return from_json(to_json(config))  # the types of all values are checked on the way, lists become tuples
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def function_of(path: Path) -> tuple[Path, str]:
+    """(the file, the function) that FILE.py or FILE.py:NAME means."""
+    found = re.fullmatch(r"(.+\.py):(\w+)", str(path))
+    return (Path(found[1]), found[2]) if found else (path, "config")
+
+
+def _named(module: types.ModuleType, name: str) -> Callable[[], Config]:
+    """A function of the file's own that takes no argument. Raises ConfigError, naming those there are."""
+    own = {key: value for key, value in vars(module).items() if isinstance(value, types.FunctionType) and key[0] != "_"}
+    own = {key: f for key, f in own.items() if f.__module__ == module.__name__ and not inspect.signature(f).parameters}
+    if name not in own:
+        raise ConfigError(f"no function {name!r}; {nearest(name, own)}")
+    return own[name]
 
 
 def _diagnosis(error: Exception) -> str:

@@ -1,11 +1,13 @@
-"""Pictures and texts from random weights, on data that every machine has: glyphs of fonts and their Unicode names.
+"""CLIP from scratch: a small ViT and a small BERT learn to find glyphs by their Unicode names, and names by glyphs.
 
     pip install -e '.[glyphs]'
-    embedjax train configs/glyphs.py
+    embedjax train configs/quickstart_clip.py
 
-Trains a small ViT and a small BERT with CLIP's loss on some 47,000 drawings by the fonts inside matplotlib, each with a name
-such as "greek small letter omega with tonos". Held-out names put known words together in ways that are new; each is looked for
-among the drawings of all held-out characters in one font, and each drawing among the names (`success@1`, `success@10`).
+Data: some 47,000 drawings of characters by the fonts inside matplotlib, each with a name such as "greek small letter omega
+with tonos". Held-out names put known words together in ways that are new. Hardware: one CPU core, busy with other work, took
+173 seconds; two take less. Score: among 633 held-out drawings the right one is in the first ten for 30 % of the names (R@10;
+untrained 1 %, chance 2 %), and the name for 28 % of the drawings. More steps give more. The run folder has a contact sheet,
+sheet-drawings.html, of what was found for 24 names.
 """
 
 from embedjax.config import (
@@ -33,19 +35,19 @@ def config() -> Config:
     head = (Dense(128, bias=False, activation="identity"),)
     held_out = Glyphs("test", font="DejaVuSans")
     return Config(
-        name="glyphs",
-        steps=1000,
+        name="quickstart_clip",
+        steps=250,
         model=Model(
             towers={
                 "image": ImageTower(
-                    arch=Vit(image=48, patch=8, width=128, depth=3, heads=4, mlp=512, pool="mean"),
+                    arch=Vit(image=40, patch=8, width=128, depth=3, heads=4, mlp=512, pool="mean"),
                     augment=Augment(area=(0.8, 1.0), ratio=(0.9, 1.1)),
                     dense=head,
                 ),
                 "text": Tower(
-                    arch=Bert(vocab_size=2048, width=128, depth=2, heads=4, mlp=512, positions=24),
+                    arch=Bert(vocab_size=2048, width=128, depth=1, heads=4, mlp=512, positions=24),
                     tokenizer="wordpiece",
-                    max_length=16,
+                    max_length=12,
                     dense=head,
                 ),
             },
@@ -64,13 +66,14 @@ def config() -> Config:
                 ),
             ),
         ),
-        optim=Optim(learning_rate=1e-3, schedule="cosine", warmup=50),
+        optim=Optim(learning_rate=2e-3, schedule="cosine", warmup=50),
         checkpoint=Checkpoint(every=1000),
         evaluate=Evaluate(
             tasks=(
                 Retrieval(held_out, {"query": "name", "document": "image"}, pictures=("document",), name="drawings"),
                 Retrieval(held_out, {"query": "image", "document": "name"}, pictures=("query",), name="names"),
             ),
+            baseline=True,
         ),
         export=Export(format="none"),
     )
