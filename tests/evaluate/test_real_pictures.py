@@ -15,6 +15,8 @@ from embedjax.data.sources import open_source
 from embedjax.evaluate.tasks import evaluate
 from embedjax.models.embedder import build_embedder
 
+pytestmark = pytest.mark.reference
+
 
 def unpacked(archive, folder, pattern):
     """The files of an archive whose names match, in a folder."""
