@@ -88,7 +88,7 @@ def test_a_tower_that_stands_still_has_no_optimiser_state_and_no_backward_pass(c
         assert 1.6 * forward(name) < most - cost < 2.6 * forward(name)
 
 
-@pytest.mark.parametrize("freeze_layers", [1, 2])
+@pytest.mark.parametrize("freeze_layers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_upper_layers_of_a_tower_may_be_unlocked(freeze_layers, shards, tmp_path):
     image = config.ImageTower(VIT, dense=HEAD, freeze_layers=freeze_layers)
     parts, cost = compiled(make(image=image))

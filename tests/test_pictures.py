@@ -293,7 +293,9 @@ def test_pictures_learn_what_they_show(config, tmp_path):
     assert train(longer, tmp_path / "run").scores["new/success@1"] > 0.5
 
 
-@pytest.mark.parametrize("format", ["sentence-transformers", "hf", "open-clip"])
+@pytest.mark.parametrize(
+    "format", ["sentence-transformers", *(pytest.param(name, marks=pytest.mark.slow) for name in ("hf", "open-clip"))]
+)
 def test_a_run_ends_with_a_folder(format, config, tmp_path):
     """With the run's own pictures in its reference, and the scale that was learned."""
     towers = dict(config.model.towers)
