@@ -4,10 +4,10 @@
     embedjax train configs/quickstart_clip.py
 
 Data: some 47,000 drawings of characters by the fonts inside matplotlib, each with a name such as "greek small letter omega
-with tonos". Held-out names put known words together in ways that are new. Hardware: one CPU core, busy with other work, took
-173 seconds; two take less. Score: among 633 held-out drawings the right one is in the first ten for 30 % of the names (R@10;
-untrained 1 %, chance 2 %), and the name for 28 % of the drawings. More steps give more. The run folder has a contact sheet,
-sheet-drawings.html, of what was found for 24 names.
+with tonos". Held-out names put known words together in ways that are new. Hardware: two CPU cores, 53 seconds in all. Score:
+among 633 held-out drawings the right one is in the first ten for 29 % of the names (R@10; untrained 1 %, chance 2 %), and the
+name for 27 % of the drawings. More steps give more. The run folder has a contact sheet, sheet-drawings.html, of what was found
+for 24 names.
 """
 
 from embedjax.config import (
