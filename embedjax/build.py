@@ -28,7 +28,8 @@ from embedjax.data.batches import Batches
 from embedjax.data.columns import is_text
 from embedjax.data.mined import Mined
 from embedjax.data.sources import BadRow, open_source
-from embedjax.data.text import Texts, add_tokens, save_tokenizer, train_wordpiece
+from embedjax.data.text import Texts
+from embedjax.data.tokenizer import add_tokens, save_tokenizer, train_wordpiece
 from embedjax.evaluate import tasks
 from embedjax.evaluate.encode import asked, side_of
 from embedjax.evaluate.tasks.heads import HeadData, head_of

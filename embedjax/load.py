@@ -18,7 +18,8 @@ from embedjax.config import ROLES, TOKEN_FEATURES, ClipText, Dense, ImageTower, 
 from embedjax.config.errors import ConfigError, StorageError
 from embedjax.data.image import Images
 from embedjax.data.image import check as check_images
-from embedjax.data.text import Texts, add_tokens, load_tokenizer
+from embedjax.data.text import Texts
+from embedjax.data.tokenizer import add_tokens, load_tokenizer
 from embedjax.models import folders, layout, lora, pictures
 from embedjax.models.classifier import Head, read_heads
 from embedjax.models.embedder import Embedder, build_embedder

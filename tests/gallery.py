@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from embedjax import config as c
-from embedjax.data.text import save_tokenizer, train_wordpiece
+from embedjax.data.tokenizer import save_tokenizer, train_wordpiece
 from embedjax.load import Model, assemble, make_texts
 from embedjax.models.embedder import build_embedder
 

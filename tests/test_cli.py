@@ -68,7 +68,7 @@ def exported(tmp_path_factory):
     """A small exported model."""
     import jax
 
-    from embedjax.data.text import save_tokenizer, train_wordpiece
+    from embedjax.data.tokenizer import save_tokenizer, train_wordpiece
 
     folder = tmp_path_factory.mktemp("model")
     tower = c.Tower(

@@ -14,7 +14,7 @@ from embedjax import config, sharding
 from embedjax.config.errors import ConfigError
 from embedjax.config.load import from_file
 from embedjax.config.serialize import from_json, to_json
-from embedjax.data.text import save_tokenizer, train_wordpiece
+from embedjax.data.tokenizer import save_tokenizer, train_wordpiece
 from embedjax.evaluate import report
 from embedjax.load import load
 from embedjax.metrics.writers import read_rows

@@ -12,7 +12,7 @@ import numpy as np
 from embedjax import config as configs
 from embedjax.config import ClipText, ImageTower, SiglipText, Static, Tower
 from embedjax.config.errors import ConfigError, StorageError, nearest
-from embedjax.data.text import save_tokenizer, save_truncating
+from embedjax.data.tokenizer import save_tokenizer, save_truncating
 from embedjax.export import card, gate
 from embedjax.load import Model, adapted
 from embedjax.models import clip, written, written_pictures

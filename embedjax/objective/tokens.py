@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from embedjax.config import Bert, DenoisingAutoEncoder, MaskedLanguage, Model, Roberta, Set, Transformer
 from embedjax.config.errors import ConfigError
-from embedjax.data.text import BERT_SPECIALS, ROLES, load_tokenizer
+from embedjax.data.tokenizer import BERT_SPECIALS, ROLES, load_tokenizer
 from embedjax.losses import tokens
 from embedjax.models import folders
 from embedjax.models.decoder import Decoder, WordHead, init_decoder, tied

@@ -14,7 +14,8 @@ from embedjax.config import Data, File, Mine, MultipleNegatives, Set
 from embedjax.config.errors import ConfigError, DataError
 from embedjax.data.batches import Abstract, Batches
 from embedjax.data.sources import open_source
-from embedjax.data.text import Texts, train_wordpiece
+from embedjax.data.text import Texts
+from embedjax.data.tokenizer import train_wordpiece
 
 BUCKETS = ((6, 6), (12, 12))
 

@@ -7,7 +7,8 @@ import pytest
 
 from embedjax.config import Late
 from embedjax.config.errors import ConfigError
-from embedjax.data.text import Texts, add_tokens, train_wordpiece
+from embedjax.data.text import Texts
+from embedjax.data.tokenizer import add_tokens, train_wordpiece
 
 LATE = Late(query_length=8, document_length=10)
 

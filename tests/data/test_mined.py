@@ -10,7 +10,8 @@ from embedjax.config.errors import ConfigError, DataError
 from embedjax.data.batches import Abstract, Batches
 from embedjax.data.mined import Mined
 from embedjax.data.sources import open_source
-from embedjax.data.text import Texts, train_wordpiece
+from embedjax.data.text import Texts
+from embedjax.data.tokenizer import train_wordpiece
 
 COLUMNS = {"anchor": "q", "positive": "a"}
 

@@ -11,7 +11,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from embedjax.config.errors import ConfigError, DataError
-from embedjax.data.text import BERT_SPECIALS, Texts, load_tokenizer, save_tokenizer, train_wordpiece
+from embedjax.data.text import Texts
+from embedjax.data.tokenizer import BERT_SPECIALS, load_tokenizer, save_tokenizer, train_wordpiece
 
 # As in BERT's own files [PAD] is 0 and the other special tokens stand further on. tests/reference has the real ones.
 TOKENS = "[PAD] [unused0] [unused1] [UNK] [CLS] [SEP] [MASK] ! ' ( ) , : ? 中 文 a e t una ##ffa ##ble"
@@ -250,7 +251,7 @@ def test_train_wordpiece_errors():
 def test_train_wordpiece_is_the_same_in_another_process():
     """The library's hash maps are seeded anew in each process, so ties would fall differently."""
     script = (
-        "import sys; from embedjax.data.text import train_wordpiece\n"
+        "import sys; from embedjax.data.tokenizer import train_wordpiece\n"
         "words = [chr(97 + i % 26) + chr(97 + j % 26) + chr(97 + i * j % 26) for i in range(60) for j in range(60)]\n"
         "texts = [' '.join(words[i : i + 40]) for i in range(0, 3600, 40)]\n"
         "sys.stdout.write(train_wordpiece(texts, 400).to_str())"

@@ -8,7 +8,7 @@ import pytest
 from embedjax import config as c
 from embedjax.__main__ import run
 from embedjax.config.errors import CheckFailed
-from embedjax.data.text import save_tokenizer, train_wordpiece
+from embedjax.data.tokenizer import save_tokenizer, train_wordpiece
 from embedjax.evaluate.encode import encode
 from embedjax.export import export
 from embedjax.load import assemble, load, make_texts

@@ -9,7 +9,7 @@ import pytest
 
 from embedjax import config as c
 from embedjax.config.errors import CheckFailed, ConfigError
-from embedjax.data.text import save_tokenizer, train_wordpiece
+from embedjax.data.tokenizer import save_tokenizer, train_wordpiece
 from embedjax.evaluate.late import encode_tokens
 from embedjax.export import check_format, export, gate
 from embedjax.load import assemble, load, make_texts, resolve_tower

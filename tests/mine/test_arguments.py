@@ -9,7 +9,7 @@ from embedjax import config as c
 from embedjax.__main__ import run
 from embedjax.config import File, Negatives
 from embedjax.data.sources import open_source
-from embedjax.data.text import save_tokenizer, train_wordpiece
+from embedjax.data.tokenizer import save_tokenizer, train_wordpiece
 from embedjax.export import export
 from embedjax.load import assemble, load, make_texts
 from embedjax.mine import mine_file, teacher

@@ -10,7 +10,7 @@ import safetensors.numpy
 from embedjax import build, optim, sharding
 from embedjax.config import Config, Data, Dense, Mesh, Model, Set, Static, Tower
 from embedjax.config.errors import ConfigError
-from embedjax.data.text import save_tokenizer, save_truncating, train_wordpiece
+from embedjax.data.tokenizer import save_tokenizer, save_truncating, train_wordpiece
 from embedjax.load import make_texts, resolve_tower
 from embedjax.models.embedder import build_embedder
 from embedjax.models.families.static import LONGEST

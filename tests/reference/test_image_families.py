@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from embedjax.config import ClipText, Dense, Pixels, SiglipText, Tower, Vit
-from embedjax.data.text import load_tokenizer
+from embedjax.data.tokenizer import load_tokenizer
 from embedjax.load import make_texts
 from embedjax.models import clip, weights
 from embedjax.models.embedder import Embedder

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from embedjax.config import Dense
-from embedjax.data.text import Texts, load_tokenizer, save_tokenizer
+from embedjax.data.text import Texts
+from embedjax.data.tokenizer import load_tokenizer, save_tokenizer
 from embedjax.models.embedder import build_embedder
 from embedjax.models.folders import read_params, read_tower
 from embedjax.models.written import write_sentence_transformers

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedjax.data.text import Texts, load_tokenizer, save_tokenizer, train_wordpiece
+from embedjax.data.text import Texts
+from embedjax.data.tokenizer import load_tokenizer, save_tokenizer, train_wordpiece
 
 pytestmark = pytest.mark.reference
 

@@ -10,7 +10,7 @@ import safetensors.numpy
 from tokenizers import Tokenizer
 
 from embedjax import config as c
-from embedjax.data.text import save_tokenizer, train_wordpiece
+from embedjax.data.tokenizer import save_tokenizer, train_wordpiece
 from embedjax.evaluate.encode import encode
 from embedjax.export import export, gate
 from embedjax.load import assemble, load, make_texts, resolve_tower
