@@ -106,8 +106,8 @@ def small(made, shards, tokenizer, steps=2):
 
 
 RECIPES = [name for name in CONFIGS if name.split(".")[0] in ("clip", "siglip", "lit")]
-# One of each family and kind; `slow` runs every size.
-USUAL = ("clip.py:l14", "clip.py:rn50", "clip.py:distilled", "siglip.py:config", "lit.py:config")
+# One ViT of each kind; `slow` runs every size and the ResNet.
+USUAL = ("clip.py:l14", "clip.py:distilled", "siglip.py:config", "lit.py:config")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in USUAL else [pytest.mark.slow]) for name in RECIPES])

@@ -86,6 +86,7 @@ def rows(folder):
     ]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bitwise_and_its_statistics_are_loaded(config, tmp_path, monkeypatch):
     result = train(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -166,6 +167,7 @@ def test_the_config_of_a_run_is_read_again(config, tmp_path):
     assert serialize.from_json(serialize.to_json(plain)) == plain
 
 
+@pytest.mark.slow
 def test_a_plan(config):
     (found,) = measure.measure(build.resolve(config), chips.parse("cpu:1"), None)
     assert found["step"] == "train 16x8 16x32x32x3" and found["fits"]

@@ -18,6 +18,7 @@ from tokenizers import Encoding, Tokenizer
 from embedjax.config.errors import ConfigError, DataError, nearest
 from embedjax.config.late import Late, Side
 from embedjax.config.model import side_of
+from embedjax.data.tokenizer import ROLES
 
 # Pre-tokenizers after which no token spans a space, so the tokens before a space do not depend on what follows it.
 SPACE_SPLITTERS = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}
