@@ -10,7 +10,7 @@ import embedjax
 PACKAGE = Path(embedjax.__file__).parent
 LEVELS = (
     ("config", "allocator", "supervise"),
-    ("data", "models", "losses", "sharding", "metrics", "distributed", "watchdog"),
+    ("data", "models", "losses", "sharding", "metrics", "quantize", "distributed", "watchdog"),
     ("optim", "objective", "lock", "checkpoint"),
     ("saves",),
     ("step", "load", "runs"),
@@ -28,6 +28,7 @@ FORBIDDEN = {
     "losses": {"flax", "embedjax.config", "embedjax.models"},
     "allocator": {"jax", "numpy", "embedjax"},
     "launch": {"jax", "numpy"},
+    "quantize": {"jax", "flax"},
     "supervise": {"jax", "numpy", "embedjax"},
 }
 # Grain imports jax, which data/ may not: one file of it does.

@@ -5,6 +5,7 @@ Tiles of queries and of corpus bound the memory; nothing here knows of texts or 
 
 import functools
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,17 @@ from embedjax import config, sharding
 GROUP = 64
 
 
+class Rows(Protocol):
+    """Vectors [N D] that are made, or read, a block at a time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, at: slice, /) -> Float[np.ndarray, "n D"]: ...
+
+
 def topk(
     queries: Float[np.ndarray, "Q D"],
-    corpus: Float[np.ndarray, "N D"],
+    corpus: Float[np.ndarray, "N D"] | Rows,
     k: int,
     *,
     mesh: DeviceMesh | None = None,
@@ -32,7 +41,8 @@ def topk(
     """Scores (float32, highest first) and corpus row numbers of each query's min(k, N) best rows.
 
     Equal scores come in the order of their row numbers. `block` corpus rows a device and `query_block` queries are scored at
-    a time: memory is their product, and the corpus may be a memory-mapped file. Inputs must be finite.
+    a time: memory is their product, and the corpus may be a memory-mapped file, or make its rows as they are asked for. Inputs
+    must be finite.
     """
     k = min(k, len(corpus))
     scores, indices = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int32)
@@ -96,7 +106,7 @@ def _step(mesh: DeviceMesh, k: int, total: int) -> Callable:
     return jax.jit(step, out_shardings=sharding.replicated(mesh))
 
 
-def _rows(array: np.ndarray, start: int, count: int) -> np.ndarray:
+def _rows(array: np.ndarray | Rows, start: int, count: int) -> np.ndarray:
     """`count` rows from `start`, with zeros after the end."""
     part = np.asarray(array[start : start + count], np.float32)
     return part if len(part) == count else np.concatenate([part, np.zeros((count - len(part), part.shape[1]), np.float32)])

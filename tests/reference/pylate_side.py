@@ -30,6 +30,9 @@ def read(folder: str, batch: str, out: str) -> None:
         vectors[side] = model.encode(texts[side], is_query=side == "query", show_progress_bar=False)
         found[side] = np.concatenate(vectors[side])
         found[f"{side}_lengths"] = np.array([len(x) for x in vectors[side]])
+    # Pooled: of each document the mean of each group, which is not of length 1.
+    pooled = model.encode(texts["document"], is_query=False, pool_factor=2, protected_tokens=1, show_progress_bar=False)
+    found |= {"pooled": np.concatenate(pooled), "pooled_lengths": np.array([len(x) for x in pooled])}
     # One pair at a time: of padded ones the padding, which PyLate gives the score 0, would win against negative similarities.
     whole = {side: [torch.as_tensor(x)[None] for x in each] for side, each in vectors.items()}
     found["scores"] = np.array([[colbert_scores(q, d).item() for d in whole["document"]] for q in whole["query"]])

@@ -101,6 +101,15 @@ def test_our_folder_is_pylates_and_ours_again(made, tmp_path):
         np.testing.assert_allclose(again[name], x, atol=1e-5, err_msg=name)
 
 
+def test_pooled_documents_are_pylates_at_length_1(made):
+    folder, known = made
+    found = encode_tokens(load(folder), texts()["document"], pool=2)
+    np.testing.assert_array_equal(found.lengths, known["pooled_lengths"])
+    norms = np.linalg.norm(known["pooled"], axis=1, keepdims=True)
+    assert (norms < 0.99).any()
+    np.testing.assert_allclose(found.vectors, known["pooled"] / norms, atol=1e-5)
+
+
 LOSSES = {
     "contrastive": config.MultipleNegatives(mask_duplicates=False),
     "distillation": config.KlDistillation(min_max=True),
