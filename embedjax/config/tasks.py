@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from embedjax.config.data import File, Source
 from embedjax.config.errors import ConfigError
+from embedjax.config.model import Precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +88,25 @@ class Retrieval(Rows):
     skip_same_id: bool = False
     """Leave out of each query's ranking the document of the same id: queries that are taken from the corpus (ArguAna, Quora, as
     BEIR and mteb score them) would find themselves first."""
+    pool: int = dataclasses.field(default=1, kw_only=True)
+    """Late interaction: one vector is kept for so many tokens of a document, by token pooling; 1 keeps all."""
+    precision: Precision = dataclasses.field(default="float32", kw_only=True)
+    """Late interaction: what the numbers of documents' vectors are kept as. Queries stay float32."""
+    first: str = dataclasses.field(default="", kw_only=True)
+    """A first stage, whose candidates alone are scored: "bm25"; "tokens", the documents of the tokens nearest to a query's
+    tokens (late interaction); or a MODEL of one vector a text. Without one all documents are."""
+    candidates: int = dataclasses.field(default=100, kw_only=True)
+    """Documents that the first stage finds for a query; of "tokens" tokens that it finds for each token of a query."""
     name: str = dataclasses.field(default="retrieval", kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
+        if self.pool < 1 or self.candidates < 1:
+            raise ConfigError(
+                f"task {self.name!r} has pool {self.pool} and candidates {self.candidates}; they must be at least 1"
+            )
+        if self.first == "bm25" and self.pictures:
+            raise ConfigError(f"task {self.name!r} has bm25 as its first stage, which finds texts by their words, not pictures")
         if self.skip_same_id and self.corpus is None:
             raise ConfigError(f"task {self.name!r} has skip_same_id, but no corpus; without one there are no ids")
         if odd := [name for name in self.pictures if name not in self.sides]:

@@ -47,6 +47,10 @@ def parse(arguments: Sequence[str]) -> tuple[str, Task]:
         templates: tuple[str, ...] = (),
         classes: str = "",
         skip_same_id: bool = config.Retrieval.skip_same_id,
+        pool: int = config.Retrieval.pool,
+        precision: config.Precision = config.Retrieval.precision,
+        first: str = config.Retrieval.first,
+        candidates: int = config.Retrieval.candidates,
     ) -> tuple:
         """Scores a model.
 
@@ -82,6 +86,11 @@ def parse(arguments: Sequence[str]) -> tuple[str, Task]:
             classes: zero-shot: names of the classes, comma-separated, or a file: of lines, or a table of label and name. Labels
                 are the names or, of lines and commas, their numbers from 0. Without it all labels that occur.
             skip_same_id: retrieval: no query finds the document of its own id (ArguAna, Quora, as BEIR and mteb have them).
+            pool: retrieval, late interaction: keep one vector for so many tokens of a document.
+            precision: retrieval, late interaction: what the numbers of documents' vectors are kept as.
+            first: retrieval: score the candidates of a first stage alone: bm25, a MODEL of one vector a text or, by late
+                interaction, tokens (the documents of the tokens nearest to a query's).
+            candidates: retrieval: how many --first finds for a query, of tokens for each of its tokens.
         """
         given: dict[str, Any] = {name: source_of(path) for name, path in (("queries", queries), ("corpus", corpus)) if path}
         given |= {"train": source_of(train, _listed(names))} if train else {}
@@ -94,6 +103,10 @@ def parse(arguments: Sequence[str]) -> tuple[str, Task]:
             (config.PairClassification, "positive", positive),
             (config.HeadAccuracy, "head", head),
             (config.Retrieval, "skip_same_id", skip_same_id),
+            (config.Retrieval, "pool", pool),
+            (config.Retrieval, "precision", precision),
+            (config.Retrieval, "first", first),
+            (config.Retrieval, "candidates", candidates),
         )
         given |= {name: value for kind, name, value in chosen if value != getattr(kind, name)}
         for name, text in (("query_columns", query_columns), ("corpus_columns", corpus_columns)):

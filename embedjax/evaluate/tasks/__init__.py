@@ -84,10 +84,15 @@ def evaluate(
 
 
 def check_late(task: Task, model: config.Model) -> None:
-    """Raises ConfigError for a task that wants one vector a text, and a model of late interaction, which has one a token."""
+    """Raises ConfigError for a task that wants one vector a text, and a model of late interaction, which has one a token; and
+    for a task that is about tokens, and a model of one vector a text."""
     if model.late and not isinstance(task, LATE):
         kinds = ", ".join(kind.__name__ for kind in LATE)
         raise ConfigError(f"task {task.name!r} is {type(task).__name__}; late interaction is scored by {kinds}")
+    if not model.late and isinstance(task, config.Retrieval):
+        wanted = {"pool": task.pool > 1, "precision": task.precision != "float32", "first": task.first == "tokens"}
+        if odd := [f"{name} {getattr(task, name)!r}" for name, is_odd in wanted.items() if is_odd]:
+            raise ConfigError(f"task {task.name!r} has {odd[0]}, for late interaction alone; the model has one vector a text")
 
 
 def _encoded(

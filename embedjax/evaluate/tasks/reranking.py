@@ -2,19 +2,18 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jax.sharding import Mesh as DeviceMesh
-from jaxtyping import Float
 
 from embedjax.config import Reranking, Similarity
 from embedjax.config.errors import DataError
 from embedjax.evaluate import scores
-from embedjax.evaluate.late import TokenVectors, maxsim_own
+from embedjax.evaluate.late import TokenVectors
 from embedjax.evaluate.rows import text_at, texts_at
 from embedjax.evaluate.tasks.reading import opened, rows_of
-from embedjax.evaluate.tasks.side import Side, Vectors, comparable
+from embedjax.evaluate.tasks.side import Side, Vectors, own_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +41,6 @@ class RerankingData:
             "ndcg@10": scores.ndcg_at(gains, ideal, 10),
         }
         return {key: float(value.mean()) for key, value in values.items()}
-
-
-def own_scores(
-    vectors: Sequence[Vectors | TokenVectors], similarity: Similarity
-) -> Callable[[int, list[int]], Float[np.ndarray, " n"]]:
-    """(queries, documents) -> `(query, some documents) -> similarities`, by numbers."""
-    queries, documents = vectors
-    if isinstance(queries, TokenVectors) or isinstance(documents, TokenVectors):
-        assert isinstance(queries, TokenVectors) and isinstance(documents, TokenVectors)
-        return lambda query, some: maxsim_own(queries.of(query), documents, some)
-    these, those = comparable(queries, similarity), comparable(documents, similarity)
-    return lambda query, some: those[some] @ these[query]
 
 
 def read(task: Reranking) -> RerankingData:

@@ -15,8 +15,10 @@ from embedjax.evaluate.late import TokenVectors, maxsim_topk
 from embedjax.evaluate.pictures import Stored
 from embedjax.evaluate.retrieval import topk
 from embedjax.evaluate.rows import key_at, number_at, string_at, text_at
+from embedjax.evaluate.stages import by_tokens, rerank
+from embedjax.evaluate.tasks.first import First, first_of
 from embedjax.evaluate.tasks.reading import opened, picture_at, require, rows_of
-from embedjax.evaluate.tasks.side import Side, Vectors, comparable
+from embedjax.evaluate.tasks.side import Side, Vectors, comparable, own_scores
 from embedjax.load import Model
 
 # Ranks that the metrics look at.
@@ -36,6 +38,8 @@ class RetrievalData:
     judgements: Sequence[Mapping[int, float]]
     own: Int[np.ndarray, " Q"] | None = None
     """The row number of each query's own document (-1 for none), if that is not to be found."""
+    first: First | None = None
+    """The first stage, where the task names one that is not the model's own."""
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -45,7 +49,9 @@ class RetrievalData:
         """The same documents, and only the queries of these numbers."""
         texts = Side([self.queries.texts[query] for query in queries], self.queries.column, self.queries.pictures)
         own = None if self.own is None else self.own[queries]
-        return dataclasses.replace(self, queries=texts, judgements=[self.judgements[query] for query in queries], own=own)
+        first = self.first and self.first.some(queries)
+        judged = [self.judgements[query] for query in queries]
+        return dataclasses.replace(self, queries=texts, judgements=judged, own=own, first=first)
 
     def depth(self, k: int = DEPTH) -> int:
         """How many documents have to be found for k to be left by `others`."""
@@ -61,7 +67,7 @@ class RetrievalData:
     def rank(self, model: Model, mesh: DeviceMesh | None = None, k: int = DEPTH) -> Int[np.ndarray, "Q k"]:
         """Row numbers of each query's min(k, N) nearest documents, nearest first; -1 where there is none."""
         vectors = [side.vectors(model, mesh, self.task.prompt) for side in self.sides]
-        return self.others(nearest(vectors, model.config.similarity, mesh, self.depth(k)), k)
+        return self.others(self._nearest(vectors, model.config.similarity, mesh, self.depth(k)), k)
 
     def measure(self, ranked: Int[np.ndarray, "Q n"]) -> dict[str, float]:
         """The metrics of any ranking of these documents, `depth()` of them, such as BM25's; means over the queries."""
@@ -82,7 +88,25 @@ class RetrievalData:
         self, vectors: Sequence[Vectors | TokenVectors], similarity: Similarity, mesh: DeviceMesh | None
     ) -> dict[str, float]:
         """The metrics of the model's ranking."""
-        return self.measure(nearest(vectors, similarity, mesh, self.depth()))
+        return self.measure(self._nearest(vectors, similarity, mesh, self.depth()))
+
+    def _nearest(
+        self, vectors: Sequence[Vectors | TokenVectors], similarity: Similarity, mesh: DeviceMesh | None, k: int
+    ) -> Int[np.ndarray, "Q k"]:
+        """`nearest`, of documents as the task keeps them, and in the stages that it asks for."""
+        queries, documents = vectors
+        if isinstance(documents, TokenVectors):
+            documents = documents.pooled(self.task.pool)
+            documents = documents if self.task.precision == "float32" else documents.quantized(self.task.precision)
+        if not self.task.first:
+            return nearest((queries, documents), similarity, mesh, k)
+        if self.first is not None:
+            count = self.depth(self.task.candidates)
+            candidates = self.first.candidates(self.queries, self.documents, count, mesh)
+        else:
+            assert isinstance(queries, TokenVectors) and isinstance(documents, TokenVectors)
+            candidates = by_tokens(queries, documents, self.task.candidates, mesh=mesh)
+        return rerank(own_scores((queries, documents), similarity), candidates, k)[1]
 
 
 def nearest(
@@ -148,7 +172,7 @@ def _retrieval(
     judgements: Sequence[Mapping[int, float]],
 ) -> RetrievalData:
     side = lambda items, name: Side(list(items), name, name in task.pictures)
-    return RetrievalData(task, side(queries, "query"), side(documents, "document"), judgements)
+    return RetrievalData(task, side(queries, "query"), side(documents, "document"), judgements, first=first_of(task))
 
 
 def _items_by_id(task: Retrieval, source: Source, columns: Mapping[str, str], side: str) -> dict[str, str | Stored]:

@@ -100,6 +100,18 @@ def pairwise(a: Vectors | TokenVectors, b: Vectors | TokenVectors, similarity: S
     return np.einsum("ne,ne->n", *(comparable(vectors.astype(np.float64), similarity) for vectors in (a, b)))
 
 
+def own_scores(
+    vectors: Sequence[Vectors | TokenVectors], similarity: Similarity
+) -> Callable[[int, Sequence[int]], Float[np.ndarray, " n"]]:
+    """(queries, documents) -> `(query, some documents) -> similarities`, by numbers."""
+    queries, documents = vectors
+    if isinstance(queries, TokenVectors) or isinstance(documents, TokenVectors):
+        assert isinstance(queries, TokenVectors) and isinstance(documents, TokenVectors)
+        return lambda query, some: maxsim_own(queries.of(query), documents, some)
+    these, those = comparable(queries, similarity), comparable(documents, similarity)
+    return lambda query, some: those[some] @ these[query]
+
+
 def unit(vectors: Vectors) -> Vectors:
     """Rows scaled to length 1; a row of zeros stays one."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
