@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from embedjax import supervise
-from embedjax.config import Bert, Config, Data, Evaluate, Model, Retrieval, Set, Tower
+from embedjax.config import Bert, Config, Data, Evaluate, Model, Precision, Retrieval, Set, Tower
 from embedjax.config.errors import CheckFailed, ConfigError
 from embedjax.config.overrides import parse
 from embedjax.config.run import run_folder
@@ -165,8 +165,13 @@ def search(arguments: Sequence[str]) -> None:
         column: str = "",
         k: int = 5,
         task: str = "",
+        pool: int = 1,
+        precision: Precision = "float32",
+        first: str = "",
+        candidates: int = 100,
+        html: str = "",
     ) -> tuple:
-        """Prints the texts or pictures nearest to a text or picture.
+        """Prints the texts or pictures nearest to a text or picture; by late interaction also which tokens matched.
 
         Args:
             model: Run folder, exported folder, Hugging Face or sentence-transformers folder, or hub id.
@@ -178,10 +183,16 @@ def search(arguments: Sequence[str]) -> None:
             column: Column of the texts or pictures (default: "text" or "image", or the only one).
             k: How many to print.
             task: Name of one of the model's prompts, of one of its adapters, or of both, as `encode` has it.
+            pool: Late interaction: keep one vector for so many tokens of a text.
+            precision: Late interaction: what the numbers of the texts' vectors are kept as.
+            first: Late interaction: score the candidates of a first stage alone: bm25, tokens (the texts of the tokens nearest
+                to the query's), or a MODEL of one vector a text.
+            candidates: How many --first finds, of tokens for each token of the query.
+            html: File to write a page to that shows which tokens matched.
         """
-        return model, query, corpus, images, like, column, k, task
+        return model, query, corpus, images, like, column, k, task, (pool, precision, first, candidates), html
 
-    name, query, path, images, like, column, k, task = parse(command, arguments, prog="embedjax search")
+    name, query, path, images, like, column, k, task, how, html = parse(command, arguments, prog="embedjax search")
     if bool(path) == bool(images):
         raise ConfigError("search looks in texts (--corpus FILE) or in pictures (--images FOLDER): name one of them")
     if bool(query) == bool(like):
@@ -192,15 +203,21 @@ def search(arguments: Sequence[str]) -> None:
     from embedjax.load import load
     from embedjax.sharding import make_mesh
 
-    model = load(name)
+    model, (pool, precision, first, candidates) = load(name), how
+    if html and not model.config.late:
+        raise ConfigError(f"--html shows which tokens matched; {name} has one vector a text")
+    how = finder.How(pool, precision, first if first in ("", "bm25", "tokens") else load(first), candidates)
     corpus = finder.open_gallery(images, column or None) if images else finder.open_corpus(path, column or None)
     with Display("encode the corpus") as progress:
         mesh = make_mesh(Mesh())
         cache = finder.cache_folder()
         hits = finder.search(
-            model, corpus, query or Path(like), k, task=task or None, mesh=mesh, cache=cache, progress=progress
+            model, corpus, query or Path(like), k, how=how, task=task or None, mesh=mesh, cache=cache, progress=progress
         )
     finder.show(hits)
+    if html:
+        Path(html).write_text(finder.page(query, hits), encoding="utf-8")
+        print(f"{html}: the same with what matched")
 
 
 def mine(arguments: Sequence[str]) -> None:

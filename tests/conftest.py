@@ -137,6 +137,37 @@ def pair():
     return Model(c.Model(towers, columns), embedders, {"towers": params}, texts, {}, "tiny")
 
 
+@pytest.fixture(scope="session")
+def words() -> tuple[str, ...]:
+    """The words of `late_model`."""
+    return WORDS
+
+
+@pytest.fixture(scope="session")
+def late_model():
+    """A random model of late interaction, of queries of 8 tokens and documents of 12, for texts of `words` and punctuation."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    from embedjax import config as c
+    from embedjax.data.text import Texts
+    from embedjax.load import Model
+    from embedjax.models.embedder import build_embedder
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused0]", "[unused1]", *WORDS, ",", "."]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    around = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=around)
+    late = c.Late(query_length=8, document_length=12)
+    arch = c.Bert(vocab_size=32, width=16, depth=1, heads=2, mlp=32, positions=16, init_std=0.5)
+    head = {"dense": (c.Dense(8, False, "identity"),), "normalize": True, "similarity": "cosine"}
+    tower = c.Tower(arch, pooling="mean", include_prompt=True, prompts={}, max_length=12, late=late, **head)
+    embedder = build_embedder(tower)
+    params = {"towers": {"text": jax.jit(embedder.init)(jax.random.key(0))}}
+    texts = {"text": Texts(tokenizer, max_length=12, late=late)}
+    return Model(c.Model({"text": tower}), {"text": embedder}, params, texts, {}, "tiny")
+
+
 @pytest.fixture
 def shards(tmp_path) -> str:
     """Two archives of 24 captioned pictures each, as webdataset lays them out: coloured squares somewhere on grey."""

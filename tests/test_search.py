@@ -59,7 +59,8 @@ def test_vectors_are_kept(model, corpus, tmp_path, monkeypatch):
     first = search.search(model, corpus, "red", 2, cache=cache)
     (kept,) = cache.iterdir()
     encoded, encode = [], search.encode
-    monkeypatch.setattr(search, "encode", lambda m, texts, **rest: encoded.append(len(texts)) or encode(m, texts, **rest))
+    for module in (search, search.corpus):
+        monkeypatch.setattr(module, "encode", lambda m, texts, **rest: encoded.append(len(texts)) or encode(m, texts, **rest))
     assert search.search(model, corpus, "red", 2, cache=cache) == first
     assert encoded == [1], "only the query"
     search.search(model, search.Corpus(TEXTS[:3], corpus.places[:3]), "red", 2, cache=cache)

@@ -9,7 +9,7 @@ import json
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -23,6 +23,23 @@ from embedjax.data.tokenizer import ROLES
 # Pre-tokenizers after which no token spans a space, so the tokens before a space do not depend on what follows it.
 SPACE_SPLITTERS = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}
 CHARS_PER_TOKEN = 6  # characters tried first for each token wanted; English has 4 to 5, code 4
+
+
+class Piece(NamedTuple):
+    """A token of a text of late interaction: the characters it stands for, or what it is called if it stands for none."""
+
+    name: str
+    """The token itself, such as "##ing", "[MASK]" or a marker."""
+    start: int
+    end: int
+    """Its characters in the text; none (0, 0) for special tokens, markers, [MASK] and those of the prompt."""
+    compared: bool
+    """Whether its vector is compared, or it is skipped."""
+
+    @property
+    def placed(self) -> bool:
+        """Whether it stands for characters of the text."""
+        return self.end > self.start
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -143,6 +160,23 @@ class Texts:
             return {"score": mask & ~skipped}
         ids = np.where(filled & ~mask, self._mask_id, ids).astype(np.int32)
         return {"ids": ids, "mask": filled if late.attend else mask, "score": filled}
+
+    def pieces(self, text: str, *, prompt: str | None = None) -> list[Piece]:
+        """The tokens of a text, as `encode` has them after truncation: for a person to see what is compared. Raises what it
+        raises; texts of late interaction alone."""
+        assert self.late is not None
+        columns, before = self.encode([text], prompt=prompt), len(prefix := self._prefix(prompt))
+        (encoding,) = self._tokenize([prefix + text], None, words=True)  # which knows where a token stands
+        spans = list(encoding.offsets)
+        if self._marker is not None:
+            spans.insert(1, (0, 0))
+        spans += [(0, 0)] * (columns["ids"].shape[1] - len(spans))
+        found = []
+        for token, compared, (start, end) in zip(columns["ids"][0].tolist(), columns["score"][0].tolist(), spans, strict=True):
+            start, end = max(start - before, 0), max(end - before, 0)
+            name = self.tokenizer.id_to_token(token) or str(token)
+            found.append(Piece(name, *((start, end) if end > start else (0, 0)), compared))
+        return found
 
     def lengths(self, texts: Sequence[str], prompt: str | None = None) -> Int32[np.ndarray, " N"]:
         """Number of tokens of each text after truncation to `max_length`, prompt and special tokens included."""

@@ -80,3 +80,46 @@ def test_what_does_not_fit_is_told(tokenizer):
         Late(expand=False, attend=True)
     with pytest.raises(ConfigError, match="query_length is 3"):
         Late(query_length=3)
+
+
+# ---- for a person
+
+
+def shown(texts, text, **options):
+    return [(p.name, text[p.start : p.end], p.compared) for p in texts.pieces(text, **options)]
+
+
+def test_pieces_name_markers_and_masks_and_stand_where_their_characters_are(tokenizer):
+    queries = Texts(tokenizer, 4, late=LATE).of("query")
+    assert shown(queries, "Red,  cat") == [
+        ("[CLS]", "", True),
+        ("[unused0]", "", True),
+        ("red", "Red", True),
+        (",", ",", True),
+        ("cat", "cat", True),
+        ("[SEP]", "", True),
+        ("[MASK]", "", True),
+        ("[MASK]", "", True),
+    ]
+    documents = Texts(tokenizer, 4, late=LATE)
+    text = "red green, blue. cat dog!\nred blue"
+    found = shown(documents, text)
+    assert [name for name, *_ in found] == ["[CLS]", "[unused1]", "red", "green", ",", "blue", ".", "cat", "dog", "[SEP]"]
+    assert [where for _, where, _ in found][2:9] == ["red", "green", ",", "blue", ".", "cat", "dog"], "cut at 10 tokens"
+    assert [name for name, _, compared in found if not compared] == [",", "."]
+
+
+def test_pieces_are_the_tokens_that_are_encoded(tokenizer):
+    for text in ("red green, blue. cat dog!" * 30, "", "cat", "  dog\n\nred,,,"):
+        for side in ("query", "document"):
+            texts = Texts(tokenizer, 4, late=LATE).of(side)
+            columns, pieces = texts.encode([text]), texts.pieces(text)
+            assert [tokenizer.token_to_id(piece.name) for piece in pieces] == columns["ids"][0].tolist()
+            assert [piece.compared for piece in pieces] == columns["score"][0].tolist()
+            assert all(text[piece.start : piece.end].lower() == piece.name for piece in pieces if piece.placed)
+
+
+def test_pieces_of_a_prompt_have_no_characters_of_the_text(tokenizer):
+    texts = Texts(tokenizer, 4, late=LATE, prompts={"ask": "cat dog "}).of("query")
+    found = shown(texts, "red cat", prompt="ask")
+    assert [(name, where) for name, where, _ in found][2:6] == [("cat", ""), ("dog", ""), ("red", "red"), ("cat", "cat")]
