@@ -111,6 +111,28 @@ def scifact() -> tuple[dict[str, str], dict[str, str], dict[str, list[tuple[str,
     return documents, claims, relevant
 
 
+def cranfield() -> tuple[dict[str, str], dict[str, str], list[tuple[str, str]]]:
+    """Abstracts and queries by their numbers, and the relevant (query, abstract) numbers: all that are listed."""
+    where = folder("cranfield")
+
+    def records(name: str) -> list[dict[str, str]]:
+        """The fields of each record, by their letters."""
+        found: list[dict[str, str]] = []
+        for line in _text(where / name).splitlines():
+            if line.startswith(".I"):
+                found.append({})
+            elif field := re.fullmatch(r"\.([A-Z])\s*", line):
+                found[-1][letter := field.group(1)] = ""
+            else:
+                found[-1][letter] += f"{line.strip()} "
+        return found
+
+    documents = {str(n): record.get("W", "").strip() for n, record in enumerate(records("cran.all.1400.gz"), 1)}
+    queries = {str(n): record["W"].strip() for n, record in enumerate(records("cran.qry.gz"), 1)}
+    judged = [line.split()[:2] for line in _text(where / "cranqrel.gz").splitlines() if line.strip()]
+    return documents, queries, [(query, document) for query, document in judged]
+
+
 def newsgroups() -> list[tuple[str, str]]:
     """A message without its headers and its group, one of twenty."""
     with zipfile.ZipFile(folder("newsgroups20_subset") / "20_newsgroup_first100.zip") as archive:
