@@ -199,6 +199,7 @@ def search(arguments: Sequence[str]) -> None:
         raise ConfigError('search looks for a text or a picture: embedjax search MODEL ... "words", or --like PICTURE')
     from embedjax import search as finder
     from embedjax.config import Mesh
+    from embedjax.data.files import cache_folder
     from embedjax.evaluate.progress import Display
     from embedjax.load import load
     from embedjax.sharding import make_mesh
@@ -210,7 +211,7 @@ def search(arguments: Sequence[str]) -> None:
     corpus = finder.open_gallery(images, column or None) if images else finder.open_corpus(path, column or None)
     with Display("encode the corpus") as progress:
         mesh = make_mesh(Mesh())
-        cache = finder.cache_folder()
+        cache = cache_folder("search")
         hits = finder.search(
             model, corpus, query or Path(like), k, how=how, task=task or None, mesh=mesh, cache=cache, progress=progress
         )

@@ -79,12 +79,17 @@ def refuse_changes(folder: Path, old: Config, new: Config) -> None:
         raise ConfigError(f"{folder} holds a run of another config ({told}); use another --run-dir, or --fresh to start anew")
 
 
+def known_data(folder: Path) -> list[dict]:
+    """What the run's files were at its last start; nothing before the first."""
+    path = folder / "data.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
 def refuse_other_data(folder: Path, new: list[dict]) -> None:
     """Raises ConfigError when the training data are no longer those the run began with: rows would be others unnoticed.
 
     Paths may differ, as they do between machines."""
-    path = folder / "data.json"
-    old = json.loads(path.read_text()) if path.exists() else new
+    old = known_data(folder) or new
     facts = lambda files: [(file["bytes"], file["sha256"], file["rows"]) for file in files]
     if facts(old) != facts(new):
         changed = [b["file"] for a, b in zip(old, new, strict=False) if facts([a]) != facts([b])] or ["their number"]

@@ -74,7 +74,8 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
             prepared = build.prepare(config)
             if first:
                 corpora = [mined.source for mined in run.mined.values() if mined.source]
-                data = [row for source in (*run.sources.values(), *corpora) for row in manifest(source)]
+                known = runs.known_data(folder)
+                data = [row for source in (*run.sources.values(), *corpora) for row in manifest(source, known)]
                 runs.refuse_other_data(folder, data)
                 runs.write_facts(folder, config, data, sys.argv)
         saves = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep, best=best_metric(config), limit=patience)

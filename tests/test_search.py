@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from embedjax import config, encode_images, encode_texts, search
 from embedjax.config.errors import ConfigError, DataError
+from embedjax.data.files import cache_folder
 from embedjax.data.text import Texts
 from embedjax.evaluate.encode import PictureEncoder
 from embedjax.load import Model
@@ -70,7 +71,7 @@ def test_vectors_are_kept(model, corpus, tmp_path, monkeypatch):
 
 def test_where_vectors_are_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert search.cache_folder() == tmp_path / "embedjax" / "search"
+    assert cache_folder("search") == tmp_path / "embedjax" / "search"
 
 
 def test_plain_output(capsys):

@@ -12,6 +12,7 @@ import hashlib
 import io
 import mmap
 import os
+import pathlib
 import re
 import tempfile
 import zlib
@@ -21,6 +22,9 @@ from embedjax.config.errors import ConfigError, DataError, StorageError
 
 SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing"}
 
+# What file systems of fsspec call the version or the date of a file.
+CHANGED = ("etag", "ETag", "md5Hash", "updated", "LastModified", "mtime", "created")
+
 
 @dataclasses.dataclass(frozen=True)
 class FileInfo:
@@ -29,6 +33,11 @@ class FileInfo:
     path: str
     size: int
     rows: int
+
+    @property
+    def changed(self) -> str:
+        """When it was changed, or what stands for that; with the size it tells whether a file is what it was."""
+        return file_state(self.path)[2]
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -41,6 +50,24 @@ def file_info(path: str, rows: int) -> FileInfo:
     """FileInfo of a local or remote file."""
     with reading(path):
         return FileInfo(path, _size(path), rows)
+
+
+def file_state(path: str) -> tuple[str, int, str]:
+    """(whole path, bytes, when it was changed or what stands for it) of a local or remote file."""
+    with reading(path):
+        if not is_remote(path):
+            found = os.stat(path)
+            return os.path.abspath(path), found.st_size, str(found.st_mtime_ns)
+        import fsspec.core
+
+        fs, name = fsspec.core.url_to_fs(path)
+        info = fs.info(name)
+        return path, int(info["size"] or 0), next((str(info[key]) for key in CHANGED if info.get(key)), "")
+
+
+def cache_folder(name: str) -> pathlib.Path:
+    """Where things are kept between commands; it may be deleted at any time."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "embedjax" / name
 
 
 def is_remote(path: str) -> bool:

@@ -19,6 +19,11 @@ class Listing(FileInfo):
 
     names: tuple[str, ...] = ()
 
+    @property
+    def changed(self) -> str:
+        """Nothing: a folder does not tell that what lies in it has changed."""
+        return ""
+
     @functools.cached_property
     def sha256(self) -> str:
         with reading(self.path):

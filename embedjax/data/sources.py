@@ -10,8 +10,9 @@ import itertools
 import operator
 import os
 import re
-from collections.abc import Sequence
-from typing import Protocol, SupportsIndex, runtime_checkable
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 from embedjax import config
 from embedjax.config.errors import ConfigError, DataError, nearest
@@ -19,7 +20,7 @@ from embedjax.data.files import FileInfo, expand, file_info, is_remote
 from embedjax.data.pictures import Pictures
 from embedjax.data.records import JsonRecords, Parquet, RowGroups, open_tfds
 from embedjax.data.rows import BadRow, Part
-from embedjax.data.shards import open_shards
+from embedjax.data.shards import Tar, open_shards
 from embedjax.data.tables import JsonLines, PlainText, Table
 
 __all__ = ["BadRow", "FileInfo", "Files", "Source", "class_names", "manifest", "open_source", "select", "source_of"]
@@ -67,7 +68,7 @@ class Files:
         self.root = root  # of the paths of pictures in its rows; "" for the folder of each file
         self.ends = list(itertools.accumulate(map(len, self.parts)))
         self.columns = self.parts[0].columns
-        self.files = tuple(file_info(part.path, len(part)) for part in self.parts)
+        self.files = tuple(part.info if isinstance(part, Tar) else file_info(part.path, len(part)) for part in self.parts)
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -136,9 +137,18 @@ def select(source: Source, columns: dict[str, str], what: str) -> None:
             raise DataError(f"{what}: {source.name} has no column {theirs!r} (for {ours!r}); {hint}{found}")
 
 
-def manifest(source: Source) -> list[dict[str, object]]:
-    """What the source was made of: file, bytes, sha256 and rows of each file. Reads every file once."""
-    return [{"file": f.path, "bytes": f.size, "sha256": f.sha256, "rows": f.rows} for f in source.files]
+def manifest(source: Source, known: Iterable[Mapping[str, Any]] = ()) -> list[dict[str, object]]:
+    """What the source was made of: file, bytes, when it was changed, sha256 and rows of each file. Reads every file once, but
+    for those that are as a manifest made before says."""
+    hashes = {(row["file"], row["bytes"], row.get("changed")): row["sha256"] for row in known}
+
+    def told(file: FileInfo) -> dict[str, object]:
+        stamp = file.path, file.size, file.changed
+        sha256 = hashes[stamp] if file.changed and stamp in hashes else file.sha256
+        return {"file": file.path, "bytes": file.size, "changed": file.changed, "sha256": sha256, "rows": file.rows}
+
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(told, source.files))
 
 
 def _open_files(source: config.File) -> list[Part]:

@@ -25,10 +25,10 @@ from embedjax.evaluate.retrieval import topk
 from embedjax.evaluate.tasks.side import comparable
 from embedjax.load import Model
 from embedjax.search.corpus import Corpus, Gallery, Progress, open_corpus, open_gallery
-from embedjax.search.kept import cache_folder, corpus_vectors
+from embedjax.search.kept import corpus_vectors
 from embedjax.search.tokens import How, nearest
 
-__all__ = ["Corpus", "Gallery", "Hit", "How", "cache_folder", "open_corpus", "open_gallery", "page", "search", "show"]
+__all__ = ["Corpus", "Gallery", "Hit", "How", "open_corpus", "open_gallery", "page", "search", "show"]
 
 LINES_SHOWN = 4
 

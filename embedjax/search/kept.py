@@ -94,11 +94,6 @@ def _keep(file: Path, array: np.ndarray) -> None:
         raise StorageError(f"{file}: cannot keep the corpus's vectors: {error.strerror}") from error
 
 
-def cache_folder() -> Path:
-    """Where vectors are kept between searches; it may be deleted at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embedjax" / "search"
-
-
 def _key(model: Model, corpus: Corpus | Gallery, side: str, task: str | None) -> str:
     prompt, adapter = asked(model.config, side, task=task)
     decided = f"{fingerprint(model, side)} {prompt} {adapter} {model.config.similarity} {corpus.key()}"

@@ -11,7 +11,7 @@ import pytest
 
 from embedjax import config
 from embedjax.config.errors import DataError
-from embedjax.data import shards
+from embedjax.data import tar_index
 from embedjax.data.sources import BadRow, manifest, open_source
 
 
@@ -137,7 +137,7 @@ def test_a_member_that_claims_more_than_there_is(tmp_path):
 
 
 def test_a_member_too_large_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "LARGEST_MEMBER", 600)
+    monkeypatch.setattr(tar_index, "LARGEST_MEMBER", 600)
     source = opened(archive(tmp_path / "a.tar", [*sample(0), ("small.txt", b"x")]))
     with pytest.raises(BadRow, match="at most 600 are read"):
         source[0]
