@@ -59,6 +59,7 @@ def config() -> Config:
                 ),
             ),
             baseline=True,
+            beside=("runs/quickstart",),
         ),
         export=Export(format="pylate"),
     )

@@ -140,6 +140,18 @@ def evaluations(folder: Path) -> list[dict]:
     return read_rows(folder / "evaluations.jsonl")
 
 
+def scores_beside(config: Config) -> dict[str, dict[str, float]]:
+    """Run folder -> its last scores, of all that `evaluate.beside` names: those of tasks that are the same in both."""
+    found = {}
+    for name in config.evaluate.beside:
+        other, rows = stored(Path(name)), evaluations(Path(name))
+        tasks = [task for task in config.evaluate.tasks if other and task in other.evaluate.tasks]
+        labels = {label for task in tasks for label in task.labels}
+        if rows:
+            found[name] = {key: value for key, value in rows[-1].items() if key.rpartition("/")[0] in labels}
+    return found
+
+
 @contextmanager
 def stop_signal() -> Iterator[threading.Event]:
     """An event that SIGTERM or Ctrl-C sets, so that the loop can save at the next step. A second one acts at once.

@@ -71,7 +71,7 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
             elif first:
                 shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # of a start that failed before there was a run
             run = build.build(config, folder)
-            prepared = build.prepare(config)
+            prepared, beside = build.prepare(config), runs.scores_beside(config)
             if first:
                 corpora = [mined.source for mined in run.mined.values() if mined.source]
                 known = runs.known_data(folder)
@@ -194,7 +194,7 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
                     status.line(f"exported {_shown(exported)} (parity: largest difference {difference:.0e})")
         if config.evaluate.baseline:
             shown = _shown(exported or folder)
-            told = report.lines(model(config.steps), prepared, evaluated, shown, run.mesh, _shown(folder))
+            told = report.lines(model(config.steps), prepared, evaluated, shown, run.mesh, _shown(folder), beside)
             with distributed.together("the report", patience):
                 for line in told if first else ():
                     status.line(line)

@@ -296,6 +296,19 @@ def test_a_baseline_run_ends_with_three_queries_answered_on_the_mesh(tiny_config
     assert said.count("\n? ") == 3 and "untrained" in said and "BM25" in said
 
 
+def test_runs_beside_are_those_with_the_same_task(tiny_config, tmp_path):
+    other, score = tmp_path / "other", {f"{tiny_config.evaluate.tasks[0].name}/ndcg@10": 0.5}
+    other.mkdir()
+    runs.write_json(other / "config.json", serialize.to_json(tiny_config))
+    runs.add_evaluation(other, 3, {**score, "elsewhere/ndcg@10": 0.1})
+    named = lambda evaluate: dataclasses.replace(evaluate, beside=(str(other), str(tmp_path / "no such run")))
+    config = dataclasses.replace(tiny_config, evaluate=named(tiny_config.evaluate))
+    assert runs.scores_beside(config) == {str(other): score}
+    tasks = tuple(dataclasses.replace(task, limit=7) for task in tiny_config.evaluate.tasks)
+    changed = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, tasks=tasks))
+    assert runs.scores_beside(changed) == {str(other): {}}
+
+
 def test_bfloat16_runs_pass_the_gate_and_accumulation_trains(tiny_config, tmp_path, use_devices):
     tower = dataclasses.replace(tiny_config.model.towers["text"], compute="bfloat16")
     config = dataclasses.replace(

@@ -102,6 +102,8 @@ class Evaluate:
     """What to evaluate on."""
     baseline: bool = False
     """Score the untrained model and BM25 too, and end with a table and three examples."""
+    beside: tuple[str, ...] = ()
+    """Run folders whose last scores of the same tasks stand in that table too; those without a run are left out."""
     best: str = ""
     """Metric that chooses the best save, such as "sts/spearman"; empty for the first task's main metric."""
 

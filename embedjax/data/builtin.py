@@ -63,6 +63,8 @@ class PackageInfo:
     size: int
     rows: int
     sha256: str
+    changed: str = ""
+    """Nothing: the hash is that of the rows, which have been read."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,25 +35,28 @@ def lines(
     folder: Path,
     mesh: DeviceMesh | None = None,
     sheets: Path | None = None,
+    beside: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Iterator[str]:
     """A table a retrieval task, three of its queries with their best documents, and the commands to try next. Where texts find
     pictures, a contact sheet is written into the folder `sheets`.
 
-    `evaluations` are the run's: the first of step 0 is the untrained model's, the last the trained one's. Of several processes
-    all have to call it, for all of the mesh encodes the examples; lines and sheets are made as one of them reads the lines.
+    `evaluations` are the run's: the first of step 0 is the untrained model's, the last the trained one's; `beside` are the
+    scores of others, by what they are called. Of several processes all have to call it, for all of the mesh encodes the
+    examples; lines and sheets are made as one of them reads the lines.
     """
     shown = [(task, examples(model, task, mesh)) for task in tasks if isinstance(task, RetrievalData)]
-    return _told(shown, evaluations, folder, sheets)
+    return _told(shown, evaluations, beside or {}, folder, sheets)
 
 
 def _told(
     shown: Sequence[tuple[RetrievalData, Sequence[Example]]],
     evaluations: Sequence[Mapping[str, float]],
+    beside: Mapping[str, Mapping[str, float]],
     folder: Path,
     sheets: Path | None,
 ) -> Iterator[str]:
     for task, found in shown:
-        yield from table(task, evaluations)
+        yield from table(task, evaluations, beside)
         for at in _spread(len(found), EXAMPLES):
             yield from told(task, found[at])
         if found and task.documents.pictures and sheets is not None:
@@ -67,7 +70,9 @@ def _told(
     yield "  embedjax train my_config.py                                # your own pairs: see configs/ for examples"
 
 
-def table(task: RetrievalData, evaluations: Sequence[Mapping[str, float]]) -> Iterator[str]:
+def table(
+    task: RetrievalData, evaluations: Sequence[Mapping[str, float]], beside: Mapping[str, Mapping[str, float]]
+) -> Iterator[str]:
     """One row a system. Of BM25's two ways to take words the better one is shown, and named."""
     rows: dict[str, Mapping[str, float]] = {}
     metrics = OF_PICTURES if task.task.pictures else SHOWN
@@ -75,6 +80,7 @@ def table(task: RetrievalData, evaluations: Sequence[Mapping[str, float]]) -> It
     if evaluations:
         rows["trained"] = evaluations[-1]
     name = task.task.name
+    rows |= {other: row for other, row in beside.items() if f"{name}/{next(iter(metrics))}" in row}
     if untrained and f"{name}/{next(iter(metrics))}" in untrained[0]:  # not for a task that was added later
         rows["untrained"] = untrained[0]
     system, known = "chance", scores.by_chance(task.judgements, len(task.documents.texts))

@@ -105,6 +105,15 @@ def test_the_hash_of_an_archive_is_of_its_names_and_sizes(cache, tmp_path):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+def test_every_kind_of_source_has_a_manifest(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    archive(tmp_path / "a.tar", 2)
+    kinds = [config.Functions(split="test", limit=50), config.Glyphs(limit=5), config.Pictures(str(tmp_path))]
+    for source in (*kinds, config.Tar(str(tmp_path / "a.tar"))):
+        told = manifest(open_source(source))
+        assert told and manifest(open_source(source), told) == told and all(len(row["sha256"]) == 64 for row in told)
+
+
 def test_a_file_that_has_not_changed_is_not_hashed_again(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": "x"}\n')

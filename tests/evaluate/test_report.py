@@ -76,6 +76,14 @@ def test_a_table_three_queries_and_what_to_do_next(plain, make, tmp_path):
     assert {*verbs} <= {*COMMANDS}
 
 
+def test_other_runs_stand_beside(plain, make, tmp_path):
+    others = {"runs/other": row(5, 0.25), "runs/elsewhere": {"another/ndcg@10": 0.5}}
+    told = list(report.lines(plain, make([("w0", "w0"), ("w1", "w1")]), [row(9)], tmp_path, beside=others))
+    shown = [0.25 * SCORES[metric] for metric in ("recall@1", "recall@10", "mrr@10", "ndcg@10")]
+    assert [line[:26].strip() for line in told[2:5]] == ["trained", "runs/other", "BM25"]
+    assert cells(told[3])[1] == pytest.approx(shown, abs=1e-3)
+
+
 def test_the_better_bm25_is_named_and_a_new_task_has_no_untrained_row(model, make, tmp_path):
     rows = [(f"load w{n}", f"def loadW{n}(x): pass") for n in range(4)]
     told = list(report.lines(model, make(rows), [{"step": 0, "other/ndcg@10": 0.1}, row(9)], tmp_path))

@@ -82,7 +82,7 @@ def tasks(tmp_path):
 
 def test_a_table_of_pictures_has_chance_and_no_bm25(tasks):
     evaluations = [{"step": n, **{f"to pictures/{metric}": n / 10 for metric in report.OF_PICTURES}} for n in (0, 5)]
-    head, columns, *rows = report.table(tasks[0], evaluations)
+    head, columns, *rows = report.table(tasks[0], evaluations, {})
     assert head == "\nto pictures: 3 held-out queries, 3 documents" and columns.split() == ["R@1", "R@5", "R@10", "mrr@10"]
     assert [row.split()[0] for row in rows] == ["trained", "untrained", "chance"]
     # Of three pictures two are right for "red", one for each of the others.
