@@ -64,8 +64,9 @@ def line(match: Match) -> str:
     return ", ".join(parts)
 
 
-def lines(found: Match | str, count: int) -> Iterator[Text]:
-    """The first lines of a text that are not blank, where it matched in colours by strength."""
+def lines(found: Match | str, count: int, width: int) -> Iterator[Text]:
+    """The first lines of a text that are not blank, where it matched in colours by strength; of a longer line the `width`
+    characters that matched most."""
     text = found if isinstance(found, str) else found.text
     strength, start = np.zeros(len(text)) if isinstance(found, str) else strengths(found), 0
     for whole in text.splitlines(keepends=True):
@@ -75,9 +76,16 @@ def lines(found: Match | str, count: int) -> Iterator[Text]:
             for at, end, value in runs(strength[start : start + len(shown)]):
                 if style := next((style for least, style in COLOURS if value > least), ""):
                     coloured.stylize(style, at, end)
-            yield coloured
+            at = most(strength[start : start + len(shown)], width)
+            yield coloured[at : at + width]
             count -= 1
         start += len(whole)
+
+
+def most(values: Float[np.ndarray, " C"], width: int) -> int:
+    """Where the first of the parts of `width` numbers with the highest sum begins."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return int((sums[width:] - sums[:-width]).round(6).argmax()) if len(values) > width else 0
 
 
 def strengths(match: Match) -> Float[np.ndarray, " C"]:

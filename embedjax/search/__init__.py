@@ -92,8 +92,8 @@ def show(hits: Sequence[Hit], out: TextIO | None = None) -> None:
     for hit in hits:
         if console:
             console.print(Text(hit.title, style="bold"), overflow="ellipsis", no_wrap=True)
-            for line in heat.lines(hit.match or hit.text, LINES_SHOWN):
-                console.print((Text("    ") + line)[: width - 1])
+            for line in heat.lines(hit.match or hit.text, LINES_SHOWN, width - 5):
+                console.print(Text("    ") + line)
             if hit.match:
                 console.print(Text(f"    ~ {heat.line(hit.match)}"[: width - 1], style="dim"))
         else:

@@ -62,16 +62,28 @@ def test_pooled_tokens_are_taken_together(match):
 def test_a_document_without_tokens(match):
     empty = Match(match.asked, "", match.query, [], np.zeros((5, 0)), np.arange(0), 0)
     assert empty.score == 0 and empty.taken(0).size == 0 and "read=nothing 0.00" in heat.line(empty)
-    assert list(heat.lines(empty, 4)) == []
+    assert list(heat.lines(empty, 4, 80)) == []
     assert "<pre></pre>" in heat.page("q", [heat.Shown("1", empty)])
 
 
 def test_colours_of_the_first_lines(match):
-    first, second = heat.lines(match, 4)
+    first, second = heat.lines(match, 4, 80)
     assert (first.plain, second.plain) == ("Reads a CSV", "file, or not")
     styles = {first.plain[span.start : span.end]: span.style for span in first.spans}
     assert styles == {"Reads": "yellow", "CSV": "bold red"} and not second.spans
-    assert [line.plain for line in heat.lines("a\n \nb\nc", 2)] == ["a", "b"]
+    assert [line.plain for line in heat.lines("a\n \nb\nc", 2, 80)] == ["a", "b"]
+    assert [line.plain for line in heat.lines("abcdef\n", 2, 4)] == ["abcd"], "the beginning, where nothing matched"
+
+
+def test_of_a_long_line_the_part_that_matched_most(match):
+    (first, second) = heat.lines(match, 4, 5)
+    assert first.plain == "a CSV" and [(span.start, span.end, span.style) for span in first.spans] == [(2, 5, "bold red")]
+    assert second.plain == "file,"
+    for seed in range(5):
+        values, width = np.random.default_rng(seed).random(20), 1 + 4 * seed
+        at = heat.most(values, width)
+        assert values[at : at + width].sum() == pytest.approx(max(values[k : k + width].sum() for k in range(21 - width)))
+    assert heat.most(np.zeros(3), 4) == heat.most(np.zeros(9), 4) == 0
 
 
 class Read(html.parser.HTMLParser):
