@@ -134,6 +134,9 @@ def test_what_does_not_fit_is_refused(late_model, corpus, pair, tmp_path, monkey
         search.search(pair, corpus, "red", how=How(pool=2))
     with pytest.raises(ConfigError, match="this model has one vector a text"):
         search.page("red", search.search(pair, corpus, "red", 1))
+    (tmp_path / "rows.jsonl").write_text('{"image": "a.png"}\n')
+    with pytest.raises(ConfigError, match="no tower that takes pictures"):
+        search.search(late_model, search.open_gallery(tmp_path / "rows.jsonl"), "red")
     monkeypatch.setattr("embedjax.load.load", lambda name: pair)
     (tmp_path / "texts.txt").write_text("red cat")
     with pytest.raises(ConfigError, match="--html shows which tokens matched"):

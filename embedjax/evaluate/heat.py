@@ -14,7 +14,7 @@ from embedjax.data.text import Piece
 from embedjax.evaluate.matches import Match
 
 MOST_TAKEN = 3
-"""Tokens that are named of those that a query's [MASK] tokens took."""
+"""Tokens that are named: of those that were pooled, and of those that a query's [MASK] tokens took."""
 
 COLOURS = ((2 / 3, "bold red"), (1 / 3, "yellow"), (0.0, "green"))
 """The colour of what gave more than such a share of the strongest."""
@@ -160,8 +160,10 @@ def _table(match: Match) -> str:
 
 
 def _together(match: Match, token: int) -> str:
-    """What a token of the query took, those that were pooled joined."""
-    return "+".join(_flat(name(match.document[place], match.text)) for place in match.taken(token)) or "nothing"
+    """What a token of the query took; of those that were pooled the first ones joined, and how many more there are."""
+    found = [_flat(name(match.document[place], match.text)) for place in match.taken(token)]
+    more = [f"{len(found) - MOST_TAKEN} more"] if len(found) > MOST_TAKEN else []
+    return "+".join(found[:MOST_TAKEN] + more) or "nothing"
 
 
 def _flat(text: str) -> str:

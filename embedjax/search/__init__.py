@@ -68,6 +68,7 @@ def search(
     if k < 1:
         raise ConfigError(f"{k} results were asked for; it must be at least 1")
     side = side_of(model.config, "query", isinstance(query, Path))
+    side_of(model.config, "document", corpus.pictures)  # raises where no tower takes what is searched
     if model.config.late:
         assert isinstance(corpus, Corpus) and isinstance(query, str), "a model of late interaction has towers of texts alone"
         best = nearest(model, corpus, query, k, how or How(), task=task, mesh=mesh, cache=cache, progress=progress)

@@ -57,6 +57,8 @@ def test_pooled_tokens_are_taken_together(match):
     pooled = Match(match.asked, match.text, match.query, match.document, similarity, group, match.seen)
     assert pooled.taken(2).tolist() == [3, 4] and pooled.score == match.score
     assert "csv=CSV+file 0.50" in heat.line(pooled)
+    whole = Match(match.asked, match.text, match.query, match.document, np.full((5, 5), 0.5), np.zeros(5, int), match.seen)
+    assert heat.line(whole).startswith("read=[CLS]+Reads+a+2 more 0.50, csv=[CLS]+Reads+a+2 more 0.50, ")
 
 
 def test_a_document_without_tokens(match):
