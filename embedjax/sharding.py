@@ -31,7 +31,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"head/.*(query|key|value|up)/kernel$", P("fsdp", "tensor")),  # of pictures: one layer, so not stacked
     (r"head/.*(out|down)/kernel$", P("tensor", "fsdp")),
     (r"head/.*(query|key|value|up)/bias$", P("tensor")),
-    (r"dense/\d+/kernel$", P("fsdp", None)),
+    (r"dense/\d+/(residual/)?kernel$", P("fsdp", None)),
     (r"/lora/[^/]+/(head|patches|stem|stage\d+)/.*/[ab]$", P()),
     # A pair of low rank lies as its product does: no pair is moved to make it.
     (r"/lora/.*(query|key|value|up)/kernel/a$", P(None, "fsdp")),

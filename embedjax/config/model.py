@@ -227,6 +227,8 @@ class Dense:
     """Whether it adds a bias."""
     activation: Literal["tanh", "identity"] = "tanh"
     """Applied to the output."""
+    residual: bool = False
+    """Whether its input is added to the output, by a matrix of its own where the widths differ."""
 
     def __post_init__(self):
         if self.features < 1:

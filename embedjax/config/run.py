@@ -120,7 +120,8 @@ class Export:
     """What is written at the end of the run."""
 
     format: Literal["sentence-transformers", "hf", "open-clip", "pylate", "none"] = "sentence-transformers"
-    """Folder format; open-clip is of a tower of pictures beside one of texts, pylate of late interaction; none writes none."""
+    """Folder format; open-clip is of a tower of pictures beside one of texts, pylate of late interaction, which
+    sentence-transformers holds too; none writes none."""
     adapter: str = ""
     """Name of the adapter that is merged into the kernels, where a tower has several."""
 

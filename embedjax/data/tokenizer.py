@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from embedjax.config.errors import ConfigError, DataError, nearest
 
@@ -89,7 +89,7 @@ def save_tokenizer(
     if source is not None:
         _copy(_place(source), folder)
     written = folder / "tokenizer.json"
-    if not written.exists() or (source is not None and (_cleaning(_place(source)) or _lacks_tokens(written, tokenizer))):
+    if not written.exists() or (source is not None and (_cleaning(_place(source)) or _other_tokens(written, tokenizer))):
         tokenizer.save(str(written))
     config_file = folder / "tokenizer_config.json"
     tokens = {
@@ -106,9 +106,20 @@ def save_tokenizer(
     _write_json(config_file, {**config, **unmasked, "model_max_length": max_length})
 
 
-def _lacks_tokens(file: Path, tokenizer: Tokenizer) -> bool:
-    """Whether a file is of the tokenizer as it was before tokens were added."""
-    return Tokenizer.from_file(str(file)).get_vocab_size() < tokenizer.get_vocab_size()
+def _other_tokens(file: Path, tokenizer: Tokenizer) -> bool:
+    """Whether a file is of the tokenizer as it was before tokens were added, or made special."""
+    told = [
+        {n: (token.content, token.special) for n, token in each.get_added_tokens_decoder().items()}
+        for each in (Tokenizer.from_file(str(file)), tokenizer)
+    ]
+    return told[0] != told[1]
+
+
+def with_special(tokenizer: Tokenizer, tokens: Iterable[str]) -> Tokenizer:
+    """A copy that finds these tokens in a text as they are written."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens if token])
+    return copy
 
 
 def add_tokens(tokenizer: Tokenizer, tokens: Iterable[str], vocab_size: int) -> None:

@@ -12,15 +12,17 @@ import numpy as np
 from embedjax import config as configs
 from embedjax.config import ClipText, ImageTower, SiglipText, Static, Tower
 from embedjax.config.errors import ConfigError, StorageError, nearest
-from embedjax.data.tokenizer import save_tokenizer, save_truncating
+from embedjax.data.tokenizer import save_tokenizer, save_truncating, with_special
 from embedjax.export import card, gate
 from embedjax.load import Model, adapted
-from embedjax.models import clip, written, written_pictures
+from embedjax.models import clip, multi_vector, written, written_late, written_pictures
 from embedjax.models.classifier import write_heads
 from embedjax.models.embedder import build_embedder
 from embedjax.models.joint import Part
 
 FORMATS = (*written_pictures.FORMATS, "pylate")
+LATE_FORMATS = ("sentence-transformers", "pylate")
+"""Those that hold late interaction."""
 Kind = TypeVar("Kind", Tower, ImageTower)
 
 
@@ -28,13 +30,19 @@ def check_format(model: configs.Model, format: str) -> None:
     """Raises ConfigError for an unknown format, and for resolved towers that it does not hold."""
     if format not in FORMATS:
         raise ConfigError(f"unknown export format {format!r}; {nearest(format, FORMATS)}")
-    if model.late != (format == "pylate"):
+    if model.late != (format == "pylate") and not (model.late and format in LATE_FORMATS):
+        known = " or ".join(f'"{name}"' for name in LATE_FORMATS)
         raise ConfigError(
             f"export.format is {format!r}; "
-            + ('late interaction is exported as "pylate"' if model.late else '"pylate" is for late interaction')
+            + (f"late interaction is exported as {known}" if model.late else '"pylate" is for late interaction')
         )
     if model.late and len(model.routes) > 1:
-        raise ConfigError('PyLate\'s models have one tower for queries and documents; set export.format to "none"')
+        raise ConfigError(
+            "models of late interaction have one tower for queries and documents in other libraries; set export.format to "
+            '"none"'
+        )
+    if model.late and format == "sentence-transformers":
+        multi_vector.marked_prompts(next(iter(model.texts.values())))  # raises for prompts that have no place there
     towers = [model.towers[name] for name in model.routes.values()]
     images = [tower for tower in towers if isinstance(tower, ImageTower)]
     texts = [tower for tower in towers if isinstance(tower, Tower)]
@@ -73,9 +81,10 @@ def export(
     """Writes the model as a folder and compares it with the model on at least 256 texts and 64 pictures, as far as it takes
     them, among them `texts` and `pictures` (encoded).
 
-    "sentence-transformers" is the legacy spelling every server reads; "hf" the bare encoder, tokenizer and config; "open-clip"
-    what open_clip loads; "pylate" late interaction as PyLate has it, compared on 64 texts. Of a query and a document
-    tower each is a folder of that kind, FOLDER/query and FOLDER/document;
+    "sentence-transformers" is the legacy spelling every server reads, or for late interaction what its MultiVectorEncoder
+    loads; "hf" the bare encoder, tokenizer and config; "open-clip" what open_clip loads; "pylate" late interaction as PyLate
+    has it, which MultiVectorEncoder loads too. Late interaction is compared on 64 texts. Of a query and a document tower each
+    is a folder of that kind, FOLDER/query and FOLDER/document;
     "sentence-transformers" joins them as a Router. A tower of pictures and one of texts are one CLIPModel or SiglipModel where
     they can be; else "sentence-transformers" has a Router, FOLDER/text and FOLDER/image. Class heads go beside it. Of several
     adapters `adapter` names that which is merged into the kernels. The folder is put in place whole, after the gate. Returns
@@ -104,7 +113,7 @@ def export(
 
 def _write(model: Model, folder: Path, format: str) -> None:
     """The folder without its card."""
-    towers = {route: _text(model, name) for route, name in model.config.routes.items() if name in model.texts}
+    towers = {route: _text(model, name, format) for route, name in model.config.routes.items() if name in model.texts}
     if name := next((name for name in model.config.routes.values() if name not in model.texts), None):
         image, params = model.config.towers[name], _host(model.params["towers"][name])
         assert isinstance(image, ImageTower)
@@ -123,9 +132,10 @@ def _write(model: Model, folder: Path, format: str) -> None:
                 written_pictures.write_hf(place, written_pictures.Towers(text=(bare, params, part[2])))
             else:
                 written.write_hf(place, *part[:2], write_tokenizer=part[2])
-    elif format == "pylate":
+    elif model.config.late:
         tower = towers["text"]
-        written.write_pylate(folder, *tower[:2], write_tokenizer=tower[2])
+        write_late = written_late.write_pylate if format == "pylate" else written_late.write_multi_vector
+        write_late(folder, *tower[:2], write_tokenizer=tower[2])
     elif len(towers) == 1:
         tower = towers["text"]
         written.write_sentence_transformers(folder, *tower[:2], write_tokenizer=tower[2])
@@ -133,11 +143,14 @@ def _write(model: Model, folder: Path, format: str) -> None:
         written.write_router(folder, towers)
 
 
-def _text(model: Model, name: str) -> written.Part:
+def _text(model: Model, name: str, format: str) -> written.Part:
     tower, texts = model.config.texts[name], model.texts[name]
 
     def write_tokenizer(where: Path) -> None:
-        if isinstance(tower.arch, Static):
+        if tower.late and format == "sentence-transformers":
+            marked = with_special(texts.tokenizer, (tower.late.query_marker, tower.late.document_marker))
+            save_tokenizer(marked, where, max_length=texts.max_length, source=model.tokenizers[name])
+        elif isinstance(tower.arch, Static):
             save_truncating(texts.tokenizer, where, max_length=texts.max_length)
         else:
             source = model.tokenizers[name]

@@ -74,7 +74,7 @@ def _head(routes: Mapping[str, Tower | ImageTower], title: str, format: str) -> 
         width=first.width,
         unit=units.pop() if len(units) == 1 else "of length 1 or not, by tower",
         towers="\n".join(f"| {' | '.join(row)} |" for row in rows),
-        use=usage(kind, format, searches=searches, title=title),
+        use=usage(kind, format, searches=searches, late=_late(first), title=title),
     )
 
 

@@ -87,7 +87,7 @@ def by_embedjax(folder: Path, tried: Tried, wanted: Vectors) -> float:
 
 def by_sentence_transformers(folder: Path, tried: Tried, wanted: Vectors) -> float | str:
     """sentence-transformers' `encode`, with the prompts of queries and documents where there are such."""
-    if not (folder / "modules.json").exists() or is_late(folder):
+    if not (folder / "modules.json").exists():
         return "does not read this format"
     if not _installed("sentence_transformers"):
         return "not installed"
@@ -95,6 +95,8 @@ def by_sentence_transformers(folder: Path, tried: Tried, wanted: Vectors) -> flo
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    if late_of(folder):
+        return _by_multi_vector_encoder(folder, tried, wanted)
     model = SentenceTransformer(str(folder), device="cpu")
     if tried.pictures:
         by_query = model.encode_query if "query" in model.prompts else model.encode
@@ -178,18 +180,32 @@ def _seeing(folder: Path) -> ImageTower:
 
 def by_pylate(folder: Path, tried: Tried, wanted: Vectors) -> float | str:
     """PyLate's `encode` of queries and documents: the vectors of their tokens."""
+    if late_of(folder) != "pylate":
+        return "does not read this format"
     if not _installed("pylate"):
         return "not installed"
     from pylate.models import ColBERT  # pyright: ignore[reportMissingImports]
 
     model = ColBERT(str(folder), device="cpu")
-    ask = lambda way: model.encode(tried.texts, is_query=way == "query", show_progress_bar=False)
+    named = lambda way: way if way in model.prompts else None  # it asks for the default prompt alone by itself
+    ask = lambda way: model.encode(tried.texts, named(way), is_query=way == "query", show_progress_bar=False)
     return difference(wanted, {way: np.concatenate(ask(way)) for way in wanted})
 
 
-def is_late(folder: Path) -> bool:
-    """Whether a folder is one of late interaction."""
-    return (folder / "modules.json").exists() and not layout.routes(folder) and layout.layout(folder).late
+def _by_multi_vector_encoder(folder: Path, tried: Tried, wanted: Vectors) -> float | str:
+    """sentence-transformers' vectors of the tokens of queries and documents, of its own folders and of PyLate's."""
+    package: Any = importlib.import_module("sentence_transformers")
+    if not hasattr(package, "MultiVectorEncoder"):
+        return f"version {package.__version__} has no late interaction"
+    model = package.MultiVectorEncoder(str(folder), device="cpu")
+    asks = {"query": model.encode_query, "document": model.encode_document}
+    ask = lambda way: asks[way](tried.texts, convert_to_numpy=True, show_progress_bar=False)
+    return difference(wanted, {way: np.concatenate(ask(way)) for way in wanted})
+
+
+def late_of(folder: Path) -> str:
+    """Who keeps late interaction as a folder does, as `Layout.late` has it; empty for one vector a text."""
+    return layout.layout(folder).late if (folder / "modules.json").exists() and not layout.routes(folder) else ""
 
 
 def _installed(package: str) -> bool:

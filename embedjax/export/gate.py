@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from embedjax.config import ImageTower
 from embedjax.config.errors import CheckFailed, ConfigError
 from embedjax.data.image import decode
 from embedjax.data.text import Texts
-from embedjax.export.consumers import LATE_READERS, PICTURE_READERS, READERS, Tried, by_embedjax, is_late, vectors, ways
+from embedjax.export.consumers import LATE_READERS, PICTURE_READERS, READERS, Tried, by_embedjax, late_of, vectors, ways
 from embedjax.load import Model
 
 TOLERANCE = 1e-4
@@ -84,7 +85,12 @@ def _texts(model: Model, given: Sequence[str]) -> list[str]:
         return []
     count = LATE_TEXTS if model.config.late else TEXTS
     chosen = list(given[: count // 2])
-    return chosen + sample_texts(max(routes, key=lambda texts: texts.max_length), count - len(chosen))
+    chosen += sample_texts(max(routes, key=lambda texts: texts.max_length), count - len(chosen))
+    late = [tower.late for tower in model.config.texts.values() if tower.late]
+    for marker in {marker for each in late for marker in (each.query_marker, each.document_marker)} - {""}:
+        # Readers differ in whether a marker that is written out in a text is one, in which case of letters.
+        chosen = [re.sub(re.escape(marker.strip()), " ", text, flags=re.IGNORECASE) for text in chosen]
+    return [text if text.strip() else "text" for text in chosen]
 
 
 def _pictures(model: Model, given: Sequence[bytes]) -> list[bytes]:
@@ -118,7 +124,7 @@ def check(folder: Path) -> dict[str, float | str]:
         tried = Tried(record["texts"], [_place(folder, n).read_bytes() for n in range(record.get("pictures", 0))])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ConfigError(f"{folder}: no parity.json and parity.safetensors to check against ({error})") from error
-    readers = READERS | (PICTURE_READERS if tried.pictures else {}) | (LATE_READERS if is_late(folder) else {})
+    readers = READERS | (PICTURE_READERS if tried.pictures else {}) | (LATE_READERS if late_of(folder) else {})
     return {name: reader(folder, tried, wanted) for name, reader in readers.items()}
 
 

@@ -39,12 +39,20 @@ queries = query.encode(["what is looked for"], normalize_embeddings=True)
 documents = document.encode(["a text", "another text"], normalize_embeddings=True)
 print(document.similarity(queries, documents))""",
 }
-LATE = """from pylate import models, scores
+LATE = {
+    "pylate": """from pylate import models, scores
 
 model = models.ColBERT("path/to/{title}")
 queries = model.encode(["what is looked for"], is_query=True)
 documents = model.encode(["a text", "another text"], is_query=False)
-print(scores.colbert_scores(queries, documents[:1]))"""
+print(scores.colbert_scores(queries, documents[:1]))""",
+    "sentence-transformers": """from sentence_transformers import MultiVectorEncoder
+
+model = MultiVectorEncoder("path/to/{title}")
+queries = model.encode_query(["what is looked for"])
+documents = model.encode_document(["a text", "another text"])
+print(model.similarity(queries, documents))""",
+}
 PICTURES = {
     ("text and picture", "sentence-transformers"): OPEN
     + MODEL
@@ -78,10 +86,11 @@ print(texts @ pictures.T)""",
 }
 
 
-def usage(kind: str, format: str, *, searches: bool, title: str) -> str:
-    """The lines for a kind of model, "text", "picture" or "text and picture"; `searches` tells queries from documents."""
-    if format == "pylate":
-        return LATE.format(title=title)
+def usage(kind: str, format: str, *, searches: bool, late: bool, title: str) -> str:
+    """The lines for a kind of model, "text", "picture" or "text and picture"; `searches` tells queries from documents, and
+    `late` interaction one vector a token."""
+    if late:
+        return LATE[format].format(title=title)
     if kind != "text":
         return PICTURES[kind, format].format(title=title)
     use = ("bare query" if searches else "bare") if format == "hf" else "query" if searches else "text"

@@ -3,7 +3,8 @@
 Two kinds: plain Hugging Face folders (config.json, model.safetensors) and sentence-transformers folders (modules.json
 besides), in the legacy spelling (classes under sentence_transformers.models, pooling by booleans, max_seq_length) and in
 that of 5.4 and later (other class paths, `pooling_mode`, the tokenizer's model_max_length). Of a Router each route is read as
-a folder of its own, FOLDER/query and FOLDER/document. Texts of CLIP's and SigLIP's models are found by `pictures.py`.
+a folder of its own, FOLDER/query and FOLDER/document. Late interaction is kept in three ways: `pylate.py`, `multi_vector.py`,
+`stanford.py`. Texts of CLIP's and SigLIP's models are found by `pictures.py`.
 """
 
 import re
@@ -14,20 +15,26 @@ import numpy as np
 
 from embedjax.config import Architecture, ClipText, SiglipText, Static, Tower
 from embedjax.config.errors import ConfigError, nearest
-from embedjax.models import open_clip, pictures
+from embedjax.models import multi_vector, open_clip, pictures, stanford
 from embedjax.models.clip import POOLING
 from embedjax.models.families import FAMILIES, described, family_of
 from embedjax.models.families.static import LONGEST, from_model2vec
 from embedjax.models.jsonfile import get, read_json
 from embedjax.models.layout import is_route, layout, of_side, refuse_code
-from embedjax.models.modules import read_dense, read_dense_params, read_pooling, read_settings
+from embedjax.models.modules import (
+    encoder_config,
+    read_dense,
+    read_dense_params,
+    read_multi_vector,
+    read_pooling,
+    read_settings,
+)
 from embedjax.models.weights import from_tensors, load_tensors
 
-FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]  # what is fetched from the hub; never code
+FILES = ["*.safetensors", "*.json", "*.txt", "*.model", stanford.METADATA]  # what is fetched from the hub; never code
 UNUSED = ["onnx/*", "openvino/*", "*/onnx/*", "*.onnx*", "flax_model*"]
 PLAIN = {"prompts": {}, "default_prompt": None, "similarity": "cosine"}  # of a folder that says nothing of them
 MODEL2VEC_LENGTH = 512
-ENCODER_CONFIGS = tuple(f"sentence_{name}_config.json" for name in ("bert", "roberta", "distilbert", "xlm-roberta"))
 
 
 def resolve(name_or_path: str | Path) -> Path:
@@ -69,7 +76,7 @@ def read_tower(folder: str | Path) -> Tower:
         max_length = _read_truncation(found.encoder, unstated)
     else:
         arch = read_arch(found.encoder)
-        max_length = _read_max_length(found.encoder, arch)
+        max_length = _read_max_length(found.encoder, arch, bool(found.late))
     pooling: dict[str, Any] = {"pooling": "mean", "include_prompt": True}
     if found.pooling:
         pooling = read_pooling(found.pooling, arch.width)
@@ -77,11 +84,21 @@ def read_tower(folder: str | Path) -> Tower:
         raise ConfigError(f"{folder} lists a Transformer and no Pooling; it is read with one")
     settings: dict[str, Any] = {"max_length": max_length, **PLAIN}
     settings |= read_settings(found.settings, found.late) if found.settings else {}
+    if found.late == "multi-vector":
+        settings = read_multi_vector(found, settings, longest=max_length)
+    if found.late == "stanford":
+        late, projection = stanford.read_late(found.encoder)
+        dense, settings["late"] = (projection,), late
+        settings["max_length"] = max(late.query_length, late.document_length)
+    else:
+        dense = read_dense(found.dense, arch.width, found.late)
+    if found.late and settings["max_length"] > (most := family_of(arch).longest(arch)):
+        raise ConfigError(f"{folder}: texts are of up to {settings['max_length']} tokens; the encoder has positions for {most}")
     return Tower(
         arch=arch,
         init=str(folder),
         tokenizer=str(found.encoder),
-        dense=read_dense(found.dense, arch.width),
+        dense=dense,
         normalize=found.normalize,
         **pooling,
         **settings,
@@ -103,11 +120,13 @@ def read_params(folder: str | Path, tower: Tower) -> dict[str, Any]:
         raise ConfigError(
             f"{folder} holds a {'static table' if found.static else 'transformer'}, not a {type(tower.arch).__name__}"
         )
+    if found.late == "stanford":
+        return stanford.read_params(found.encoder, tower.arch)
     tensors = _read_static(found.encoder)[1] if found.static else load_tensors(found.encoder)
     encoder = from_tensors(tower.arch, tensors, file=found.encoder)
     if tower.late and not found.late:
         return {"encoder": encoder}  # its projections, if any, are those of a pooled vector
-    specs = read_dense(found.dense, tower.arch.width)
+    specs = read_dense(found.dense, tower.arch.width, found.late)
     if specs and specs != tower.dense:
         raise ConfigError(f"{folder} has the projections {specs}, the tower {tower.dense}")
     return {"encoder": encoder, **read_dense_params(found.dense, specs, tower.arch.width)}
@@ -163,10 +182,11 @@ def _read_truncation(folder: Path, unstated: int) -> int:
     return stated
 
 
-def _read_max_length(folder: Path, arch: Architecture) -> int:
+def _read_max_length(folder: Path, arch: Architecture, late: bool = False) -> int:
     """The folder's own limit in tokens if it states one, never more than the encoder has positions for."""
-    config_file = next((folder / name for name in ENCODER_CONFIGS if (folder / name).exists()), folder / ENCODER_CONFIGS[0])
-    config = read_json(config_file) if config_file.exists() else {}
+    config_file, config = encoder_config(folder)
+    if not late and (odd := [key for key in multi_vector.SETTINGS if config.get(key) is not None]):
+        raise ConfigError(f"{config_file}: {odd[0]} is not supported where texts have one vector; remove it")
     task = get(config, "transformer_task", str, "feature-extraction", file=config_file)
     if task != "feature-extraction":
         raise ConfigError(f"{config_file}: transformer_task {task!r} is not supported; expected 'feature-extraction'")

@@ -4,6 +4,7 @@ Knows no tower. Every function is finite, in value and gradient, for a text with
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,26 +74,32 @@ POOLINGS: dict[str, Callable[..., Array]] = {
 }
 
 
-def init_projections(key: Array, width: int, specs: Sequence[Dense]) -> dict[str, dict[str, Array]]:
-    """Random projections {"0": {"kernel", "bias"}, ...}, uniform in +-1/sqrt(inputs) as torch's Linear."""
-    params = {}
+def init_projections(key: Array, width: int, specs: Sequence[Dense]) -> dict[str, dict[str, Any]]:
+    """Random projections {"0": {"kernel", "bias", "residual": {"kernel"}}, ...}, as far as they have these, uniform in
+    +-1/sqrt(inputs) as torch's Linear."""
+    params: dict[str, dict[str, Any]] = {}
     for n, spec in enumerate(specs):
         kernel_key, bias_key = jax.random.split(jax.random.fold_in(key, n))
         draw = lambda key, shape, bound=width**-0.5: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
         params[str(n)] = {"kernel": draw(kernel_key, (width, spec.features))}
         if spec.bias:
             params[str(n)]["bias"] = draw(bias_key, (spec.features,))
+        if spec.residual and width != spec.features:
+            params[str(n)]["residual"] = {"kernel": draw(jax.random.fold_in(kernel_key, 1), (width, spec.features))}
         width = spec.features
     return params
 
 
-def project(params: dict[str, dict[str, Array]], x_BD: Float[Array, "*n D"], specs: Sequence[Dense]) -> Float[Array, "*n E"]:
+def project(params: dict[str, dict[str, Any]], x_BD: Float[Array, "*n D"], specs: Sequence[Dense]) -> Float[Array, "*n E"]:
     """The projections one after the other, in float32."""
     for n, spec in enumerate(specs):
-        x_BD = x_BD @ params[str(n)]["kernel"]
+        own, before_BD = params[str(n)], x_BD
+        x_BD = x_BD @ own["kernel"]
         if spec.bias:
-            x_BD = x_BD + params[str(n)]["bias"].reshape(*(1,) * (x_BD.ndim - 1), -1)
+            x_BD = x_BD + own["bias"].reshape(*(1,) * (x_BD.ndim - 1), -1)
         x_BD = jnp.tanh(x_BD) if spec.activation == "tanh" else x_BD
+        if spec.residual:
+            x_BD = x_BD + (before_BD @ own["residual"]["kernel"] if "residual" in own else before_BD)
     return x_BD
 
 

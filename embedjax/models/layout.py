@@ -6,16 +6,18 @@ Knows names and places only; `folders.py` reads what lies there. Code of a folde
 
 import re
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from embedjax.config.errors import ConfigError, nearest
 from embedjax.config.model import ROLES
+from embedjax.models import stanford
 from embedjax.models.jsonfile import get, read_json, read_list
 
-KINDS = ("Transformer", "Pooling", "Dense", "Normalize", "StaticEmbedding", "CLIPModel", "Router")
+KINDS = ("Transformer", "Pooling", "Dense", "Normalize", "StaticEmbedding", "CLIPModel", "Router", "MultiVectorMask")
 TOKEN_DENSE = re.compile(r"pylate\.models\.Dense(?:\.Dense)?")
 """PyLate's projection, of every token, as its folders name it."""
-CLASS = re.compile(r"sentence_transformers\.(?:models|base\.modules|sentence_transformer\.modules)(?:\.\w+)?\.(\w+)")
+ROOMS = r"models|base\.modules|sentence_transformer\.modules|multi_vector_encoder\.modules"
+CLASS = re.compile(rf"sentence_transformers\.(?:{ROOMS})(?:\.\w+)?\.(\w+)")
 ROUTER_CONFIG = "router_config.json"
 SETTINGS = "config_sentence_transformers.json"
 ROUTES = (tuple(ROLES), ("text", "image"))
@@ -39,8 +41,12 @@ class Layout(NamedTuple):
     """Whether vectors are scaled to length 1."""
     static: bool = False
     """Whether the encoder is a table of token vectors, without config.json."""
-    late: bool = False
-    """Whether the projections are of every token: late interaction, as PyLate keeps it."""
+    late: Literal["", "pylate", "multi-vector", "stanford"] = ""
+    """Who keeps late interaction so, where the projections are of every token; multi-vector is sentence-transformers."""
+    mask: Path | None = None
+    """Folder of what says which tokens are compared, of a multi-vector folder."""
+    scale: Path | None = None
+    """Folder of what scales to length 1."""
     settings: Path | None = None
     """Folder of what holds for the whole model, prompts and similarity; None for a plain folder."""
 
@@ -52,7 +58,7 @@ def layout(folder: Path) -> Layout:
         return _chain(routed[folder.name], folder if own else folder.parent, folder.parent / ROUTER_CONFIG)
     file = folder / "modules.json"
     if not file.exists():
-        return Layout(folder, None)
+        return Layout(folder, None, late="stanford" if stanford.is_stanford(folder) else "")
     if found := _router(folder):
         sides = {"query": "queries", "document": "documents", "text": "texts", "image": "pictures"}
         first, second = (sides[name] for name in found)
@@ -114,12 +120,14 @@ def _router(folder: Path) -> dict[str, Modules] | None:
 def _chain(modules: Modules, settings: Path, file: Path) -> Layout:
     order = " ".join(kind for kind, _ in modules)
     if not re.fullmatch(
-        r"(Transformer( Pooling)?|StaticEmbedding)( Dense)*( Normalize)?|CLIPModel( Normalize)?|Transformer( TokenDense)+",
+        r"(Transformer( Pooling)?|StaticEmbedding)( Dense)*( Normalize)?|CLIPModel( Normalize)?|Transformer( TokenDense)+|"
+        r"Transformer( Dense)*( MultiVectorMask Normalize| Normalize MultiVectorMask)",
         order,
     ):
         raise ConfigError(
             f"{file} lists the modules {order or 'none'}; expected Transformer Pooling, or StaticEmbedding, then [Dense ...] "
-            "[Normalize], or CLIPModel [Normalize], or PyLate's Transformer Dense"
+            "[Normalize], or CLIPModel [Normalize], or late interaction: Transformer [Dense ...] MultiVectorMask Normalize, or "
+            "PyLate's Transformer Dense"
         )
     places = dict(modules)  # of several projections the last, which is not asked for here
     return Layout(
@@ -127,7 +135,9 @@ def _chain(modules: Modules, settings: Path, file: Path) -> Layout:
         pooling=places.get("Pooling"),
         dense=tuple(path for kind, path in modules if kind in ("Dense", "TokenDense")),
         normalize="Normalize" in places or "TokenDense" in places,
-        late="TokenDense" in places,
+        late="pylate" if "TokenDense" in places else "multi-vector" if "MultiVectorMask" in places else "",
+        mask=places.get("MultiVectorMask"),
+        scale=places.get("Normalize"),
         static=modules[0][0] == "StaticEmbedding",
         settings=settings,
     )

@@ -1,17 +1,18 @@
 """What the modules of a sentence-transformers folder say: pooling, projections, and the settings of the whole model."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from embedjax.config import Dense
+from embedjax.config import ROLES, Dense
 from embedjax.config.errors import ConfigError, nearest
 from embedjax.config.model import PoolingName, Similarity
-from embedjax.models import pylate
+from embedjax.models import multi_vector, pylate
 from embedjax.models.jsonfile import get, read_json
-from embedjax.models.layout import SETTINGS
+from embedjax.models.layout import SETTINGS, Layout
 from embedjax.models.weights import load_tensors
 
 BOOLEANS = {  # the legacy spelling's key of each pooling
@@ -22,6 +23,9 @@ BOOLEANS = {  # the legacy spelling's key of each pooling
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+ENCODER_CONFIGS = tuple(f"sentence_{name}_config.json" for name in ("bert", "roberta", "distilbert", "xlm-roberta"))
+MODEL_TYPES = {"": "SentenceTransformer", "pylate": pylate.MODEL_TYPE, "multi-vector": multi_vector.MODEL_TYPE}
+"""What a folder's settings call the model, by who keeps its late interaction so."""
 ACTIVATIONS: dict[str, Literal["tanh", "identity"]] = {
     "torch.nn.modules.activation.Tanh": "tanh",
     "torch.nn.modules.linear.Identity": "identity",
@@ -44,11 +48,18 @@ def read_pooling(folder: Path, width: int) -> dict[str, Any]:
     return {"pooling": modes[0], "include_prompt": get(config, "include_prompt", bool, True, file=file)}
 
 
-def read_settings(folder: Path, late: bool = False) -> dict[str, Any]:
-    """What the folder says of the whole model: prompts and similarity; and by PyLate how late interaction makes texts."""
+def encoder_config(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of an encoder's settings, and what it holds; nothing where it is not there."""
+    file = next((folder / name for name in ENCODER_CONFIGS if (folder / name).exists()), folder / ENCODER_CONFIGS[0])
+    return file, read_json(file) if file.exists() else {}
+
+
+def read_settings(folder: Path, late: str = "") -> dict[str, Any]:
+    """What the folder says of the whole model: prompts and similarity; and by PyLate how late interaction makes texts. `late`
+    is the layout's."""
     file = folder / SETTINGS
     config = read_json(file) if file.exists() else {}
-    expected = pylate.MODEL_TYPE if late else "SentenceTransformer"
+    expected = MODEL_TYPES[late]
     kind = get(config, "model_type", str, expected, file=file)
     if kind != expected:
         raise ConfigError(f"{file}: model_type {kind!r} is not supported; expected {expected!r}")
@@ -63,6 +74,11 @@ def read_settings(folder: Path, late: bool = False) -> dict[str, Any]:
     default = get(config, "default_prompt_name", str, None, file=file)
     if default is not None and default not in prompts:
         raise ConfigError(f"{file}: default_prompt_name {default!r} is no prompt; {nearest(default, prompts)}")
+    if late == "multi-vector":
+        expected = multi_vector.SIMILARITY
+        if (similarity := get(config, "similarity_fn_name", str, expected, file=file)) != expected:
+            raise ConfigError(f"{file}: similarity_fn_name {similarity!r} is not supported; late interaction has {expected!r}")
+        return {"prompts": prompts, "default_prompt": default, "similarity": "cosine"}
     if late:
         found = pylate.read_late(config, file=file)
         longest = max(found.query_length, found.document_length)
@@ -74,15 +90,34 @@ def read_settings(folder: Path, late: bool = False) -> dict[str, Any]:
     return {"prompts": prompts, "default_prompt": default, "similarity": similarity}
 
 
-def read_dense(folders: Sequence[Path], width: int) -> tuple[Dense, ...]:
-    """The projections in a chain of folders, of vectors of a width."""
+def read_multi_vector(found: Layout, settings: dict[str, Any], *, longest: int) -> dict[str, Any]:
+    """`settings`, and how late interaction makes texts, of a multi-vector folder of sentence-transformers. Texts are of at most
+    `longest` tokens where it says nothing."""
+    assert found.mask is not None and found.scale is not None
+    multi_vector.check_scale(found.scale)
+    file, encoder = encoder_config(found.encoder)
+    late = multi_vector.read_late(encoder, longest=longest, skip=multi_vector.read_skip(found.mask), file=file)
+    prompts, markers = multi_vector.split_prompts(settings["prompts"], found.encoder)
+    late = dataclasses.replace(late, query_marker=markers["query"], document_marker=markers["document"])
+    if settings["default_prompt"]:  # which is of no side here
+        prompts = dict.fromkeys(ROLES, "") | prompts
+    else:
+        prompts = {name: text for name, text in prompts.items() if text or name not in ROLES}
+    return {**settings, "prompts": prompts, "late": late, "max_length": max(late.query_length, late.document_length)}
+
+
+def read_dense(folders: Sequence[Path], width: int, late: str = "") -> tuple[Dense, ...]:
+    """The projections in a chain of folders, of vectors of a width; of pooled ones, or of tokens. `late` is the layout's."""
+    pooled, tokens = "sentence_embedding", multi_vector.TOKENS
+    # PyLate's is of tokens whatever it says.
+    known = {"": (pooled,), "pylate": (tokens, pooled), "multi-vector": (tokens,)}[late]
     specs = []
     for folder in folders:
         file = folder / "config.json"
         config = read_json(file)
-        where = {get(config, f"module_{end}_name", str, "sentence_embedding", file=file) for end in ("input", "output")}
-        if where != {"sentence_embedding"} or get(config, "use_residual", bool, False, file=file):
-            raise ConfigError(f"{file}: only projections of the pooled vector without a residual are supported")
+        before = get(config, "module_input_name", str, known[0], file=file)
+        if before not in known or get(config, "module_output_name", str, before, file=file) != before:
+            raise ConfigError(f"{file}: a projection of {before!r} is not supported here; expected {known[0]!r}, in and out")
         activation = get(config, "activation_function", str, "torch.nn.modules.activation.Tanh", file=file)
         if activation not in ACTIVATIONS:
             raise ConfigError(f"{file}: activation {activation!r} is not supported; {nearest(activation, ACTIVATIONS)}")
@@ -91,12 +126,13 @@ def read_dense(folders: Sequence[Path], width: int) -> tuple[Dense, ...]:
         width = get(config, "out_features", int, 0, file=file)
         if width < 1:
             raise ConfigError(f"{file}: out_features is {width}; it must be at least 1")
-        specs.append(Dense(width, get(config, "bias", bool, True, file=file), ACTIVATIONS[activation]))
+        flags = {key: get(config, key, bool, default, file=file) for key, default in (("bias", True), ("use_residual", False))}
+        specs.append(Dense(width, flags["bias"], ACTIVATIONS[activation], flags["use_residual"]))
     return tuple(specs)
 
 
 def read_dense_params(folders: Sequence[Path], specs: Sequence[Dense], width: int) -> dict[str, Any]:
-    """{"dense": {"0": {"kernel", "bias"}, ...}} of a chain of folders, {} without any."""
+    """{"dense": {"0": {"kernel", "bias", "residual"}, ...}} of a chain of folders, {} without any."""
     params: dict[str, Any] = {}
     for n, (folder, spec) in enumerate(zip(folders, specs, strict=True)):
         params.setdefault("dense", {})[str(n)] = _dense_weights(folder, spec, width)
@@ -104,11 +140,15 @@ def read_dense_params(folders: Sequence[Path], specs: Sequence[Dense], width: in
     return params
 
 
-def _dense_weights(folder: Path, spec: Dense, width: int) -> dict[str, np.ndarray]:
+def _dense_weights(folder: Path, spec: Dense, width: int) -> dict[str, Any]:
     tensors = load_tensors(folder)
     expected = {"linear.weight": (spec.features, width)} | ({"linear.bias": (spec.features,)} if spec.bias else {})
+    if spec.residual and width != spec.features:
+        expected["residual.weight"] = (spec.features, width)
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if found != expected or any(tensor.dtype != np.float32 for tensor in tensors.values()):
         raise ConfigError(f"{folder} holds the tensors {found}; expected floating-point {expected}")
-    kernel = {"kernel": np.ascontiguousarray(tensors["linear.weight"].T)}
-    return kernel | ({"bias": tensors["linear.bias"]} if spec.bias else {})
+    params: dict[str, Any] = {"kernel": np.ascontiguousarray(tensors["linear.weight"].T)}
+    if "residual.weight" in tensors:
+        params["residual"] = {"kernel": np.ascontiguousarray(tensors["residual.weight"].T)}
+    return params | ({"bias": tensors["linear.bias"]} if spec.bias else {})

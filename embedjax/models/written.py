@@ -18,7 +18,6 @@ import safetensors.numpy
 
 from embedjax.config import ROLES, Architecture, ImageArchitecture, ImageTower, SiglipText, Static, Tower
 from embedjax.config.errors import ConfigError, StorageError
-from embedjax.models import pylate
 from embedjax.models.families import family_of
 from embedjax.models.layout import ROUTER_CONFIG, SETTINGS
 from embedjax.models.modules import ACTIVATIONS, BOOLEANS
@@ -99,29 +98,7 @@ def write_hf(
     if isinstance(tower.arch, Static):
         raise ConfigError("a static table is no Hugging Face model; write it as a sentence-transformers folder")
     with new_folder(Path(folder), replace) as root:
-        _write_encoder(root, tower, params, write_tokenizer)
-    return Path(folder)
-
-
-def write_pylate(
-    folder: str | Path,
-    tower: Tower,
-    params: Mapping[str, Any],
-    *,
-    write_tokenizer: Callable[[Path], object],
-    replace: bool = False,
-) -> Path:
-    """Write a PyLate folder of a tower of late interaction. Otherwise as above."""
-    with new_folder(Path(folder), replace) as root:
-        _write_encoder(root, tower, params, write_tokenizer)
-        write_json(root / "sentence_bert_config.json", {"max_seq_length": tower.max_length, "do_lower_case": False})
-        modules = [("Transformer", "")]
-        for n, kernel_and_bias in enumerate(_dense_params(tower, params)):
-            modules.append(("pylate.models.Dense.Dense", f"{n + 1}_Dense"))
-            _write_dense(root / modules[-1][1], tower, n, kernel_and_bias)
-        write_modules(root, modules)
-        prompts = {"prompts": tower.prompts or {}, "default_prompt_name": tower.default_prompt or None}
-        write_json(root / SETTINGS, {"__version__": VERSIONS, **prompts, **pylate.settings_of(tower)})
+        write_encoder(root, tower, params, write_tokenizer)
     return Path(folder)
 
 
@@ -129,7 +106,7 @@ def write_tower(root: Path, tower: Tower, params: Mapping[str, Any], write_token
     """Writes a whole model folder into an empty one; returns the kind and path of its modules."""
     check_tower(tower)
     modules = [("StaticEmbedding", "")] if isinstance(tower.arch, Static) else [("Transformer", ""), ("Pooling", "1_Pooling")]
-    _write_encoder(root, tower, params, write_tokenizer)
+    write_encoder(root, tower, params, write_tokenizer)
     if tower.arch is not None and not isinstance(tower.arch, Static):
         write_pooling(root / "1_Pooling", tower.pooling, tower.arch, include_prompt=bool(tower.include_prompt))
         write_json(root / "sentence_bert_config.json", {"max_seq_length": tower.max_length, "do_lower_case": False})
@@ -149,10 +126,7 @@ def check_tower(tower: Tower) -> None:
 
 def write_head(root: Path, modules: Modules, tower: Tower | ImageTower, params: Mapping[str, Any]) -> None:
     """Writes a tower's projections and what scales to length 1 behind the modules so far, adds them, and writes the list."""
-    for n, kernel_and_bias in enumerate(_dense_params(tower, params)):
-        path = f"{len(modules)}_Dense"
-        modules.append(("Dense", path))
-        _write_dense(root / path, tower, n, kernel_and_bias)
+    write_projections(root, modules, tower, params)
     if tower.normalize:
         path = f"{len(modules)}_Normalize"
         modules.append(("Normalize", path))
@@ -160,12 +134,25 @@ def write_head(root: Path, modules: Modules, tower: Tower | ImageTower, params: 
     write_modules(root, modules)
 
 
+def write_projections(
+    root: Path, modules: Modules, tower: Tower | ImageTower, params: Mapping[str, Any], kind: str = "Dense", **more: str
+) -> None:
+    """Writes a tower's projections behind the modules so far and adds them; `more` goes into the config of each."""
+    for n, own in enumerate(_dense_params(tower, params)):
+        path = f"{len(modules)}_Dense"
+        modules.append((kind, path))
+        _write_dense(root / path, tower, n, own, more)
+
+
 def write_prompts(root: Path, tower: Tower, versions: Mapping[str, str]) -> None:
     """Writes the settings of a model that reads texts by one tower."""
+    write_settings(root, prompts_of(tower), tower.default_prompt or None, tower, versions)
+
+
+def prompts_of(tower: Tower) -> dict[str, str]:
+    """A tower's prompts; the default one is that of queries and documents too, which other readers ask for by their names."""
     prompts = dict(tower.prompts or {})
-    if tower.default_prompt:  # of queries and documents too, which sentence-transformers asks for by their names alone
-        prompts = dict.fromkeys(ROLES, prompts[tower.default_prompt]) | prompts
-    write_settings(root, prompts, tower.default_prompt or None, tower, versions)
+    return dict.fromkeys(ROLES, prompts[tower.default_prompt]) | prompts if tower.default_prompt else prompts
 
 
 def write_modules(root: Path, modules: Modules) -> None:
@@ -222,7 +209,8 @@ def new_folder(destination: Path, replace: bool) -> Iterator[Path]:
         raise StorageError(f"{destination} cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _write_encoder(root: Path, tower: Tower, params: Mapping[str, Any], write_tokenizer: Callable[[Path], object]) -> None:
+def write_encoder(root: Path, tower: Tower, params: Mapping[str, Any], write_tokenizer: Callable[[Path], object]) -> None:
+    """Writes a tower's encoder and tokenizer."""
     if tower.arch is None or tower.max_length is None:
         raise ConfigError("the tower to write is not resolved: arch or max_length is None")
     family = family_of(tower.arch)
@@ -244,7 +232,7 @@ def write_pooling(
     write_json(folder / "config.json", {"word_embedding_dimension": arch.width} | booleans | {"include_prompt": include_prompt})
 
 
-def _dense_params(tower: Tower | ImageTower, params: Mapping[str, Any]) -> list[Mapping[str, np.ndarray]]:
+def _dense_params(tower: Tower | ImageTower, params: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The parameters of each projection, checked against the tower's list of them."""
     specs, found = tower.dense or (), params.get("dense", {})
     if sorted(found) != sorted(str(n) for n in range(len(specs))):
@@ -252,18 +240,21 @@ def _dense_params(tower: Tower | ImageTower, params: Mapping[str, Any]) -> list[
     return [found[str(n)] for n in range(len(specs))]
 
 
-def _write_dense(folder: Path, tower: Tower | ImageTower, n: int, params: Mapping[str, np.ndarray]) -> None:
+def _write_dense(folder: Path, tower: Tower | ImageTower, n: int, params: Mapping[str, Any], more: Mapping[str, str]) -> None:
     spec = (tower.dense or ())[n]
     tensors = {"linear.weight": np.asarray(params["kernel"], np.float32).T}
     if spec.bias:
         tensors["linear.bias"] = np.asarray(params["bias"], np.float32)
+    if residual := params.get("residual"):
+        tensors["residual.weight"] = np.asarray(residual["kernel"], np.float32).T
     found = tensors["linear.weight"].shape
     if found[0] != spec.features:
         raise ConfigError(f"projection {n} gives {found[0]} features; the tower says {spec.features}")
     folder.mkdir()
     activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == spec.activation)
     config = {"in_features": found[1], "out_features": found[0], "bias": spec.bias, "activation_function": activation}
-    write_json(folder / "config.json", config)
+    residual = {"use_residual": True} if spec.residual else {}  # a key that older readers do not know
+    write_json(folder / "config.json", {**config, **more, **residual})
     write_tensors(folder / "model.safetensors", tensors)
 
 

@@ -194,8 +194,8 @@ def test_without_a_normalize_module_vectors_are_not_normalized(tmp_path):
         ("2_Dense/config.json", {"activation_function": "os.system"}, "activation"),
         ("2_Dense/config.json", {"in_features": 7}, "in_features is 7"),
         ("2_Dense/config.json", {"out_features": 0}, "out_features is 0"),
-        ("2_Dense/config.json", {"use_residual": True}, "without a residual"),
-        ("2_Dense/config.json", {"module_input_name": "token_embeddings"}, "only projections of the pooled vector"),
+        ("2_Dense/config.json", {"module_input_name": "token_embeddings"}, "a projection of 'token_embeddings'"),
+        ("2_Dense/config.json", {"module_output_name": "token_embeddings"}, "a projection of 'sentence_embedding'"),
         ("config_sentence_transformers.json", {"model_type": "SparseEncoder"}, "'SparseEncoder' is not supported"),
         ("config_sentence_transformers.json", {"truncate_dim": 4}, "truncate_dim 4"),
         ("config_sentence_transformers.json", {"prompts": {"query": None}}, "prompt 'query' is None"),
@@ -203,6 +203,7 @@ def test_without_a_normalize_module_vectors_are_not_normalized(tmp_path):
         ("sentence_bert_config.json", {"max_seq_length": 0}, "must be at least 1"),
         ("sentence_bert_config.json", {"max_seq_length": True}, "expected int"),
         ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "transformer_task 'fill-mask'"),
+        ("sentence_bert_config.json", {"query_length": 8}, "query_length is not supported where texts have one vector"),
     ],
 )
 def test_what_cannot_be_read_faithfully_is_refused(folder, file, values, told):

@@ -72,3 +72,14 @@ def test_projections_are_applied_in_order():
     x = TOKENS[:, 0]
     expected = np.tanh(x @ params["0"]["kernel"] + params["0"]["bias"][None]) @ params["1"]["kernel"]
     np.testing.assert_allclose(heads.project(params, x, specs), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("features", [3, 4], ids=["another width", "the same width"])
+def test_a_residual_is_added_after_the_activation(features):
+    specs = (Dense(features, True, "tanh", residual=True), Dense(2, False, "identity"))
+    params = heads.init_projections(jax.random.key(0), 4, specs)
+    own = jax.device_get(params["0"])
+    assert ("residual" in own) == (features == 3) and "residual" not in params["1"]
+    x = RNG.normal(size=(5, 4)).astype(np.float32)
+    known = np.tanh(x @ own["kernel"] + own["bias"][None]) + (x @ own["residual"]["kernel"] if features == 3 else x)
+    np.testing.assert_allclose(heads.project(params, x, specs), known @ params["1"]["kernel"], atol=1e-6)

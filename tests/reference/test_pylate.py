@@ -3,12 +3,14 @@
 PyLate pins an older sentence-transformers, so it lives in an environment of its own: set EMBEDJAX_PYLATE to that one's python.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
 import pathlib
 import subprocess
 
+import colbert
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,6 +110,15 @@ def test_pooled_documents_are_pylates_at_length_1(made):
     norms = np.linalg.norm(known["pooled"], axis=1, keepdims=True)
     assert (norms < 0.99).any()
     np.testing.assert_allclose(found.vectors, known["pooled"] / norms, atol=1e-5)
+
+
+@pytest.mark.parametrize("attend", [True, False])
+def test_stanfords_checkpoints_give_pylates_vectors(tmp_path, attend):
+    model = colbert.model(tmp_path / "tokenizer", dataclasses.replace(colbert.LATE, attend=attend))
+    folder = colbert.stanford(tmp_path / "checkpoint", model)
+    assert_vectors(load(folder), read_by_pylate(folder, tmp_path))
+    assert export(load(folder), tmp_path / "out", "pylate") < 1e-6
+    assert_vectors(load(folder), read_by_pylate(tmp_path / "out", tmp_path))
 
 
 LOSSES = {
