@@ -15,6 +15,7 @@ USAGE = """usage: embedjax COMMAND ...
   train CONFIG [--run-dir DIR] [--fresh] [--dry-run] [--FIELD VALUE ...]   train, or go on with a run
   evaluate MODEL --task TASK --data FILE [--columns a=b,...] [--dims 64]   score a model
   encode MODEL INPUT OUTPUT [--as query|document] [--task NAME]            texts or pictures -> vectors (.npy or .parquet)
+  encode MODEL INPUT OUT.jsonl --for qdrant|vespa [--ids COLUMN]           vectors of tokens for an engine
   search MODEL --corpus FILE|--images FOLDER "query" [--like PICTURE]       the texts or pictures nearest to it
   mine MODEL CORPUS PAIRS OUT [--num-negatives 5 ...]                      hard negatives of the pairs, from the corpus
   export MODEL FOLDER [--format sentence-transformers|hf]                  write a folder that others load

@@ -114,43 +114,72 @@ def encode(arguments: Sequence[str]) -> None:
         column: str = "",
         kind: Annotated[Literal["query", "document", "text", "image"] | None, tyro.conf.arg(name="as")] = None,
         task: str = "",
+        pool: int = 1,
+        precision: Precision = "float32",
+        engine: Annotated[Literal["qdrant", "vespa"] | None, tyro.conf.arg(name="for")] = None,
+        ids: str = "",
+        field: str = "colbert",
+        doctype: str = "doc",
+        bits: bool = False,
     ) -> tuple:
-        """Writes one vector a text or picture. The same command after a kill goes on where it stopped.
+        """Writes one vector a text or picture, or by late interaction one a token. The same command after a kill goes on where
+        it stopped.
 
         Args:
             model: Run folder, exported folder, Hugging Face or sentence-transformers folder, or hub id.
             input: .txt with a text a line, .jsonl, .csv, .tsv or .parquet; or a folder of pictures, at any depth and in the
                 order of their paths, a table with a column of pictures (paths relative to it, or bytes), or .tar archives of
                 webdataset's layout (one, or a pattern in quotes such as "train-{0000..0127}.tar").
-            output: .npy (float32, N x E) or .parquet (texts, or names of the pictures, and vectors).
+            output: .npy (float32, N x E) or .parquet (texts, or names of the pictures, and vectors). By late interaction
+                NAME.npy (those of all tokens) with NAME.starts.npy (where each text begins), .parquet (a list of vectors a
+                text), or .jsonl for an engine.
             column: Column of the texts or pictures in the input (default: "text" or "image", or the only one).
             kind: What the inputs are. Queries and documents have prompts or towers of their own where the model has such
-                (default: text, without; for a model of two towers of texts query where the column is called query or anchor,
-                else document). A model of texts and pictures takes folders, archives and columns of bytes or of names such as
-                a.jpg for pictures, all else for texts, unless this says text or image.
+                (default: text, without; for a model of two towers of texts, or of late interaction, query where the column is
+                called query or anchor, else document). A model of texts and pictures takes folders, archives and columns of
+                bytes or of names such as a.jpg for pictures, all else for texts, unless this says text or image.
             task: Name of one of the model's prompts, of one of its adapters, or of both.
+            pool: Late interaction: write about one vector for so many tokens of a document.
+            precision: Late interaction: what the numbers of .npy are kept as; NAME.ranges.npy has the ranges of int8 and uint8.
+            engine: Late interaction: what reads the .jsonl: a line a text, a point with a named multivector for Qdrant, a
+                put of a document with a tensor<float>(dt{},x[E]) for Vespa.
+            ids: Column of the texts' ids for the engine (default: row numbers).
+            field: Name of Qdrant's vector, or Vespa's field, that holds the vectors.
+            doctype: Vespa's type of document, and namespace.
+            bits: Write the signs alone, as Vespa's tensor<int8>(dt{},x[E/8]).
         """
-        return model, input, output, column, kind, task
+        return (model, input, output, column, kind, task), (pool, precision), (engine, ids, field, doctype, bits)
 
-    name, source, output, column, kind, task = parse(command, arguments, prog="embedjax encode")
+    (name, source, output, column, kind, task), (pool, precision), feed = parse(command, arguments, prog="embedjax encode")
+    if feed[0] is None and feed[1:] != ("", "colbert", "doc", False):
+        raise ConfigError("--ids, --field, --doctype and --bits are for an engine: --for qdrant or --for vespa")
     from embedjax.config import Mesh
+    from embedjax.evaluate.engines import Feed
     from embedjax.evaluate.files import encode_file
     from embedjax.evaluate.progress import Display
+    from embedjax.evaluate.token_files import encode_tokens_file
     from embedjax.load import load
     from embedjax.sharding import make_mesh
 
+    model, mesh = load(name), make_mesh(Mesh())
+    late = model.config.late
+    if (feed[0] or pool > 1 or precision != "float32") and not late:
+        raise ConfigError(f"{name} gives one vector a text; --for, --pool and --precision are of late interaction")
+    chosen = {"pool": pool, "precision": precision, "feed": Feed(*feed) if feed[0] else None} if late else {}
+    write = encode_tokens_file if late else encode_file
     with Display("encode") as progress:
-        rows = encode_file(
-            load(name),
+        rows = write(
+            model,
             source,
             output,
             column=column or None,
             as_column=kind,
             task=task or None,
-            mesh=make_mesh(Mesh()),
+            mesh=mesh,
             progress=progress,
+            **chosen,
         )
-    print(f"{output}: {rows} vectors")
+    print(f"{output}: {rows} {'texts, a vector a token' if late else 'vectors'}")
 
 
 def search(arguments: Sequence[str]) -> None:
@@ -263,8 +292,9 @@ def export(arguments: Sequence[str]) -> None:
             model: The model; with --check the exported folder.
             folder: Where to write; must not exist or be empty.
             format: sentence-transformers: encoder, pooling and head, read by sentence-transformers, text-embeddings-inference
-                and vLLM; hf: the bare encoder, or CLIPModel and SiglipModel; open-clip: what open_clip loads; pylate: late
-                interaction. Towers of queries and documents become FOLDER/query and FOLDER/document, of which
+                and vLLM, late interaction by sentence-transformers' MultiVectorEncoder; hf: the bare encoder, or CLIPModel and
+                SiglipModel; open-clip: what open_clip loads; pylate: late interaction, read by PyLate and by
+                MultiVectorEncoder. Towers of queries and documents become FOLDER/query and FOLDER/document, of which
                 sentence-transformers' Router makes one model.
             adapter: Name of the adapter to merge into the kernels, of a run that has several.
             check: Read an exported folder in every consumer that is installed and compare with the vectors it was

@@ -167,6 +167,7 @@ def test_wrong_overrides_name_the_field(arguments, line, write_config, capsys):
         (["mine", "m", "c", "pairs", "out", "--num-negative", "3"], ["no option --num-negative; did", "'--num-negatives'"]),
         (["mine", "m", "corpus", "pairs", "out", "--sampling", "all"], ["--sampling is 'all'; one of 'top', 'random'"]),
         (["encode", "m", "in.txt", "out.npy", "--as", "querry"], ["--as is 'querry'", "'query'"]),
+        (["encode", "m", "in.txt", "out.npy", "--ids", "id"], ["--for qdrant or --for vespa"]),
         (["search", "m", "text"], ["--corpus FILE", "--images FOLDER"]),
         (["search", "m", "text", "--corpus", "a", "--images", "b"], ["name one of them"]),
         (["search", "m", "--images", "a"], ["a text or a picture", "--like"]),

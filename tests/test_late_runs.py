@@ -11,6 +11,7 @@ import pytest
 from embedjax import config as c
 from embedjax import runs
 from embedjax import search as finder
+from embedjax.__main__ import run as command
 from embedjax.config.errors import ConfigError
 from embedjax.evaluate import tasks
 from embedjax.evaluate.encode import encode
@@ -79,6 +80,14 @@ def test_a_run_learns_resumes_and_searches(late_config, run, pairs_file, tmp_pat
 
     with pytest.raises(ConfigError, match="encode_tokens"):
         encode(model, documents)
+    lines = tmp_path / "points.jsonl"
+    arguments = ["encode", str(run), str(pairs_file), str(lines), "--column", "answer", "--pool", "2"]
+    assert command(arguments) == 2  # for no engine
+    assert command([*arguments, "--for", "qdrant", "--ids", "question"]) == 3  # some are there twice
+    assert command([*arguments, "--for", "qdrant", "--field", "tokens"]) == 0
+    point = json.loads(lines.read_text().splitlines()[3])
+    assert point["id"] == 3 and point["payload"] == {"answer": texts[3][1]}
+    np.testing.assert_allclose(point["vector"]["tokens"], encode_tokens(model, [texts[3][1]], pool=2).vectors, atol=1e-5)
     knn = c.KnnClassification(c.File(str(pairs_file)), {"text": "question", "label": "answer"}, name="labels")
     with pytest.raises(ConfigError, match="late interaction is scored by Retrieval"):
         tasks.check_late(knn, model.config)

@@ -116,7 +116,8 @@ class Encoder:
             kinds = "a vector a text", "a vector a token, by late interaction"
             raise ConfigError(
                 f"{model.origin} gives {kinds[not self.late]}; here {kinds[self.late]} is asked for. Late interaction is for "
-                "embedjax search, for evaluate's retrieval, reranking, pairs, triplets and sts, and for encode_tokens in Python"
+                "embedjax encode and search, for evaluate's retrieval, reranking, pairs, triplets and sts, and for "
+                "encode_tokens in Python"
             )
         params = plain_params(model, tower, adapter)
         self.mesh = mesh or mesh_of(params)

@@ -37,7 +37,7 @@ def encode_file(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
     """Writes one vector a row of `input` to `output`: .npy `[N E]` float32, or .parquet with the texts (of pictures the paths,
-    or names) and `embedding`.
+    or names) and `embedding`. `token_files.py` does the same for late interaction.
 
     `input` is a table, a folder of pictures (its rows in the order of their paths) or tar archives. `column` is its column of
     texts or pictures, `as_column` what they are to the model, as `encode` has it: by default what `Input.of` finds. `task`
@@ -55,7 +55,7 @@ def encode_file(
     encoder = encoder_of(model, column=rows.side, task=task, mesh=mesh, tokens_per_batch=tokens_per_batch)
     # A block is lost with a kill, so it is small where encoding is slow.
     block = block or min(encoder.block, 2 * encoder.tokens)
-    stamp = _stamp(model, rows, task=task, width=encoder.width)
+    stamp = stamp_of(model, rows, task=task, width=encoder.width)
     count = len(rows.source)
     partial = Partial(output, stamp, (count, encoder.width))
     try:
@@ -88,8 +88,9 @@ class Input:
         """The column asked for, else `text` or `image`, whichever is there first, or the only one.
 
         Of a model of pictures and texts its image tower takes a column of bytes, or of names of picture files, and its text
-        tower any other, unless `side` says "image", "text", "query" or "document". Of two towers of texts a column called query
-        or anchor is the query's, else the document's. Raises ConfigError for what the model has no tower for.
+        tower any other, unless `side` says "image", "text", "query" or "document". Of two towers of texts, and of late
+        interaction, a column called query or anchor is the query's, else the document's. Raises ConfigError for what the model
+        has no tower for.
         """
         towers = [isinstance(model.config.towers[name], ImageTower) for name in model.config.encoders]
         pictures: bool | None = {"image": True, "text": False}.get(side or "", True if all(towers) else None)
@@ -98,7 +99,9 @@ class Input:
         column = column_of(source, column, ("image",) if pictures else ("text", "image"))
         if pictures is None:
             pictures = isinstance(source, Pictures) or (any(towers) and holds_pictures(source, column))
-        if side is None and not any(towers) and not pictures and len(towers) > 1:
+        if model.config.late and side in ("text", "image"):
+            raise ConfigError(f"{model.origin} compares queries with documents: say --as query or --as document, not {side}")
+        if side is None and not any(towers) and not pictures and (len(towers) > 1 or model.config.late):
             side = "query" if column in ("query", "anchor") else "document"
         if side in (None, "image", "text"):
             side = side_of(model.config, "image" if pictures else "text", pictures)
@@ -125,29 +128,45 @@ class Partial:
 
     def open(self) -> int:
         """The rows that are there already. Raises ConfigError when they belong to another stamp."""
-        if self.state.exists() and self.path.exists():
-            found = _read_json(self.state)
-            if differing := [key for key in self.stamp if found.get("of", {}).get(key) != self.stamp[key]]:
-                raise ConfigError(
-                    f"{self.path} belongs to another encoding (other {', '.join(differing)}); "
-                    f"delete it with {self.state.name}, or choose another output"
-                )
-            self.done = found["rows"]
-        self.file = self.path.open("r+b" if self.done else "wb")
-        np.lib.format.write_array_header_1_0(self.file, {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape})
-        self.file.truncate(self.file.tell() + self.done * self.shape[1] * self.dtype.itemsize)
-        self.file.seek(0, os.SEEK_END)
+        self.done = self.counted().get("rows", 0)
+        self.file = self.opened(self.done)
         return self.done
+
+    def counted(self) -> dict[str, Any]:
+        """What the state says is there, {} without one. Raises ConfigError when it belongs to another stamp."""
+        if not (self.state.exists() and self.path.exists()):
+            return {}
+        found = _read_json(self.state)
+        if differing := [key for key in self.stamp if found.get("of", {}).get(key) != self.stamp[key]]:
+            raise ConfigError(
+                f"{self.path} belongs to another encoding (other {', '.join(differing)}); "
+                f"delete it with {self.state.name}, or choose another output"
+            )
+        return found
+
+    def opened(self, vectors: int) -> BinaryIO:
+        """The file of vectors behind the first ones, which count."""
+        file = self.path.open("r+b" if vectors else "wb")
+        self.write_header(file)
+        file.truncate(file.tell() + vectors * self.shape[1] * self.dtype.itemsize)
+        file.seek(0, os.SEEK_END)
+        return file
+
+    def write_header(self, file: BinaryIO) -> None:
+        """Says the shape at the file's beginning; the header is as long for any number of rows."""
+        np.lib.format.write_array_header_1_0(file, {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape})
 
     def append(self, vectors: np.ndarray) -> None:
         """The block is on the disk before the count says so."""
         assert self.file is not None
-        self.file.write(vectors.astype(self.dtype, copy=False).data)
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.done += len(vectors)
+        put(self.file, vectors.astype(self.dtype, copy=False))
+        self.count(len(vectors))
+
+    def count(self, rows: int, **more: int) -> None:
+        """So many rows more are on the disk."""
+        self.done += rows
         new = Path(f"{self.state}.new")
-        new.write_text(json.dumps({"rows": self.done, "of": self.stamp}, indent=1))
+        new.write_text(json.dumps({"rows": self.done, **more, "of": self.stamp}, indent=1))
         os.replace(new, self.state)
 
     def close(self) -> None:
@@ -159,7 +178,14 @@ class Partial:
         self.state.unlink(missing_ok=True)
 
 
-def _stamp(model: Model, rows: Input, **said: Any) -> dict[str, Any]:
+def put(file: BinaryIO, array: np.ndarray) -> None:
+    """Appends the numbers, and waits until they are on the disk."""
+    file.write(np.ascontiguousarray(array).data)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def stamp_of(model: Model, rows: Input, **said: Any) -> dict[str, Any]:
     source = rows.source
     files = [{"bytes": info.size, "sha256": info.sha256} for info in source.files]
     told = {"model": fingerprint(model, rows.side), "input": files, "rows": len(source)}
