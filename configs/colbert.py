@@ -3,7 +3,9 @@
     embedjax train configs/colbert.py
 
 Data: the functions of the Python packages installed on this machine, docstring summary -> source without its docstring, split
-by package. Hardware: 2 CPU cores.
+by package. Hardware: 2 CPU cores, some two minutes. MRR@10 on held-out functions: 0.63, where the quickstart has 0.45, whose
+scores stand beside when it has been run, and BM25 0.59. Queries are not filled with [MASK]: of so short ones that would be most
+of the score. The scale is the best of 1, 2, 5 and 10.
 """
 
 from embedjax.config import (
@@ -33,8 +35,8 @@ def config() -> Config:
                 "text": Tower(
                     arch=Bert(vocab_size=8192, width=256, depth=1, heads=4, mlp=512, positions=64),
                     tokenizer="wordpiece",
-                    dense=(Dense(64, bias=False, activation="identity"),),
-                    late=Late(query_length=24, document_length=64),
+                    dense=(Dense(128, bias=False, activation="identity"),),
+                    late=Late(query_length=24, document_length=64, expand=False),
                 )
             }
         ),
@@ -44,7 +46,7 @@ def config() -> Config:
                 Set(
                     source=Functions(split="train", limit=14_000),
                     columns={"anchor": "summary", "positive": "code"},
-                    loss=MultipleNegatives(scale=1.0),
+                    loss=MultipleNegatives(scale=10.0),
                     name="functions",
                 ),
             ),
