@@ -33,8 +33,8 @@ def write_pylate(
     write_tokenizer: Callable[[Path], object],
     replace: bool = False,
 ) -> Path:
-    """Write a PyLate folder, which sentence-transformers reads too, from 6.0 on. Otherwise as
-    `written.write_sentence_transformers`."""
+    """Write a PyLate folder, which sentence-transformers reads too: from 6.0.1 on, for 6.0.0 loses markers beside prompts.
+    Otherwise as `written.write_sentence_transformers`."""
     with new_folder(Path(folder), replace) as root:
         write_encoder(root, tower, params, write_tokenizer)
         write_json(root / ENCODER_CONFIGS[0], {"max_seq_length": tower.max_length, "do_lower_case": False})

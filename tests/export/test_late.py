@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -96,9 +97,20 @@ def test_a_multi_vector_folder_is_read_back_whole(model, tmp_path, name):
     assert "MultiVectorEncoder" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_multi_vector_folder_key_by_key(model, tmp_path):
-    export(model, tmp_path / "out")
-    read = lambda name: json.loads((tmp_path / "out" / name).read_text())
+@pytest.fixture(scope="module")
+def multi_vector(model, tmp_path_factory):
+    place = tmp_path_factory.mktemp("multi-vector") / "model"
+    assert export(model, place) < 1e-6
+    return place
+
+
+@pytest.fixture
+def copied(multi_vector, tmp_path):
+    return shutil.copytree(multi_vector, tmp_path / "out")
+
+
+def test_a_multi_vector_folder_key_by_key(multi_vector):
+    read = lambda name: json.loads((multi_vector / name).read_text())
     place = "sentence_transformers."
     assert [each["type"] for each in read("modules.json")] == [
         f"{place}base.modules.transformer.Transformer",
@@ -138,15 +150,13 @@ def test_prompts_that_have_no_marker_are_told(model):
         check_format(c.Model({"text": tower}), "sentence-transformers")
 
 
-def test_prompts_without_their_markers_stay_texts(model, tmp_path):
+def test_prompts_without_their_markers_stay_texts(model, copied):
     """Where a prompt has no marker, no token is taken for one: the texts are the same."""
-    export(model, tmp_path / "out")
-    settings = tmp_path / "out" / "config_sentence_transformers.json"
-    change(settings, prompts={"query": "[Q] ", "document": "[D] ", "page": "red "})
-    tower = load(tmp_path / "out").config.towers["text"]
+    change(copied / "config_sentence_transformers.json", prompts={"query": "[Q] ", "document": "[D] ", "page": "red "})
+    tower = load(copied).config.towers["text"]
     assert (tower.late.query_marker, tower.late.document_marker) == ("", "")
     assert tower.prompts == {"query": "[Q] ", "document": "[D] ", "page": "red "}
-    same_vectors(model, load(tmp_path / "out"))
+    same_vectors(model, load(copied))
 
 
 MASK, SCALE = "3_MultiVectorMask/config.json", "4_Normalize/config.json"
@@ -170,24 +180,22 @@ ENCODER, SETTINGS = "sentence_bert_config.json", "config_sentence_transformers.j
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_multi_vector_folders_that_are_not_supported_are_told(model, tmp_path, file, values, told):
-    export(model, tmp_path / "out")
-    change(tmp_path / "out" / file, **values)
+def test_multi_vector_folders_that_are_not_supported_are_told(copied, file, values, told):
+    change(copied / file, **values)
     with pytest.raises(ConfigError, match=told):
-        load(tmp_path / "out")
+        load(copied)
 
 
-def test_token_vectors_that_are_not_scaled_or_pooled_are_told(model, tmp_path):
-    export(model, tmp_path / "out")
-    file = tmp_path / "out" / "modules.json"
+def test_token_vectors_that_are_not_scaled_or_pooled_are_told(copied):
+    file = copied / "modules.json"
     modules = json.loads(file.read_text())
     file.write_text(json.dumps(modules[:-1]))
     with pytest.raises(ConfigError, match="MultiVectorMask; expected .*MultiVectorMask Normalize"):
-        load(tmp_path / "out")
+        load(copied)
     kind = "sentence_transformers.multi_vector_encoder.modules.token_pooling.HierarchicalTokenPooling"
     file.write_text(json.dumps([*modules, {**modules[-1], "type": kind}]))
     with pytest.raises(ConfigError, match="HierarchicalTokenPooling' is not supported"):
-        load(tmp_path / "out")
+        load(copied)
 
 
 @pytest.mark.parametrize("format", ["pylate", "sentence-transformers"])
