@@ -28,6 +28,10 @@ LOSSES = {
     ),
     "hardness, ragged": config.MultipleNegatives(hardness="all", hardness_strength=2.0, tile=5),
     "sigmoid": config.Siglip(),
+    "xtr": config.MultipleNegatives(xtr=20),
+    "xtr, symmetric, ragged": config.MultipleNegatives(
+        xtr=40, directions=("q2d", "d2q"), partition="per_direction", learn_scale=True, tile=5
+    ),
     "kl": config.KlDistillation(),
     "kl of a tower, scaled": config.KlDistillation(teacher="wise", min_max=True, temperature=0.5),
     "margin-mse": config.MarginMse(),
@@ -109,6 +113,7 @@ TABLE = [
 FEW = [
     ("alone", "symmetric, ring", "cached", 8),
     ("matryoshka", "softmax", "cached", 2),
+    ("matryoshka", "xtr", "cached", 4),
     ("matryoshka, drawn", "kl of a tower, scaled", "cached", 4),
     ("sum", "hardness, ragged", "plain", 1),
 ]
@@ -116,11 +121,11 @@ FEW = [
 
 @pytest.mark.parametrize(
     "cell",
-    [pytest.param(c, id="-".join(map(str, c))) for c in FEW[:2]]
+    [pytest.param(c, id="-".join(map(str, c))) for c in FEW[:3]]
     + [
         pytest.param(c, marks=pytest.mark.slow, id="-".join(map(str, c)))
-        for c in dict.fromkeys((*FEW[2:], *TABLE))
-        if c not in FEW[:2]
+        for c in dict.fromkeys((*FEW[3:], *TABLE))
+        if c not in FEW[:3]
     ],
 )
 def test_losses_are_the_same_however_computed(cell):
@@ -167,6 +172,21 @@ def test_in_batch_is_a_softmax_over_maxsim_scores_at_scale_1():
     np.testing.assert_allclose(found, wanted, rtol=1e-10)
 
 
+def test_xtr_is_a_softmax_over_means_of_what_was_retrieved_at_scale_20():
+    found, _ = value_of(config.MultipleNegatives(mask_duplicates=False, xtr=30), None)
+    vectors, masks = outputs()
+    scores = np.zeros((B, B, 3))
+    for b in range(B):
+        products = np.einsum("ie,rcje->ircj", vectors["anchor"][b], vectors["positive"])
+        products[:, ~masks["positive"]] = -np.inf
+        least = np.sort(products.reshape(LQ, -1), 1)[:, -30]
+        kept = np.ma.masked_less(products, least[:, None, None, None]).max(-1)
+        scores[b] = kept.mean(0).filled(0)
+    row = np.arange(B)
+    wanted = -log_softmax(20 * scores.reshape(B, -1))[row, 3 * row].mean()
+    np.testing.assert_allclose(found, wanted, rtol=1e-10)
+
+
 @pytest.mark.parametrize("min_max", [False, True])
 def test_distillation_is_the_divergence_of_own_scores(min_max):
     teacher = np.random.default_rng(5).normal(size=(B, 3))
@@ -204,6 +224,8 @@ def test_what_does_not_fit_is_refused(loss, message):
     with pytest.raises(ConfigError, match=message):
         objective.make(task_of(loss), MODEL, TOWERS, mesh)
     plain = dataclasses.replace(TOWER, late=None)
+    with pytest.raises(ConfigError, match="xtr is 5, which is of late interaction"):
+        objective.make(task_of(config.MultipleNegatives(xtr=5)), config.Model({"text": plain}), {}, mesh)
     mixed = config.Model({"text": TOWER, "other": plain}, {"anchor": "text", "positive": "other"})
     with pytest.raises(ConfigError, match="not all by late interaction"):
         _ = mixed.late

@@ -1,16 +1,19 @@
-"""Late interaction: MaxSim scores of texts that have one vector a token, and the in-batch loss over them. Arrays only.
+"""Late interaction: scores of texts that have one vector a token, and the in-batch loss over them. Arrays only.
 
-Every token of a query takes the document's token most similar to it; the score is the sum of these similarities (Khattab &
-Zaharia 2020, eq. 3):
+Every token i of a query takes the document's token most similar to it, best(i, d) = max over tokens j of d of <q_i, d_j>. Two
+scores are made of these:
 
-    score(q, d) = sum over tokens i of q of max over tokens j of d of <q_i, d_j>
+    MaxSim: the sum of best(i, d) over the tokens of the query (Khattab & Zaharia 2020, eq. 3);
+    XTR:    the mean of best(i, d) over those tokens i for which it is among the k largest <q_i, d_j> of all documents; 0 where
+            there is none (Lee et al. 2023, section 3.1)
 
-`maxsim` is the definition and holds B x N x Lq x Ld products. `maxsim_tiled` gives the same scores and gradients from tiles of
-them: what it keeps is which token was the best, B x N x Lq numbers; on several devices documents travel round.
+`maxsim` and `xtr` are the definitions and hold B x N x Lq x Ld products. `maxsim_tiled` and `xtr_tiled` give the same scores
+and gradients from tiles of them: what they keep is the best and its place, B x N x Lq numbers each, and the k largest of each
+query token; on several devices documents travel round.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +23,11 @@ from embedjax.losses.contrastive import Hashes, Loss, Pairs, Rule, compared, flo
 from embedjax.losses.masks import Side, Term
 from embedjax.losses.ring import trip
 
-# Products of a tile: 8 MB of them, which a CPU's cache about holds, and enough rows to fill an accelerator.
+# Products of a tile, and numbers of its documents' vectors: 8 MB, which a CPU's cache about holds, and enough rows to fill an
+# accelerator.
 TILE = 2**21
+# Document tokens of a tile for each of the k largest that are chosen: finding them again among few new ones is what costs.
+FRESH = 8
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -39,11 +45,7 @@ def maxsim(query: Tokens, documents: Tokens) -> Float[Array, "B N"]:
     Tokens that do not count are left out exactly: of a document they are never the best, of a query they add nothing. A
     document without tokens scores 0, without gradient.
     """
-    q_BQE, d_NTE = floats(query.vectors), floats(documents.vectors)
-    # Documents first: the maximum runs over rows of numbers that lie side by side.
-    product_NTBQ = jnp.einsum("nte,bqe->ntbq", d_NTE, q_BQE, precision=HIGHEST)
-    best_NBQ = jnp.where(documents.score[..., None, None], product_NTBQ, -jnp.inf).max(1)
-    return _summed(best_NBQ, query.score, documents.score).T
+    return _summed(_products(query, documents).max(1), query.score)
 
 
 def maxsim_own(query: Tokens, documents: Tokens) -> Float[Array, "B C"]:
@@ -58,45 +60,89 @@ def maxsim_tiled(query: Tokens, documents: Tokens, *, axis: tuple[str, ...] = ()
     With `axis`, inside `shard_map` over those axes, queries and documents are this device's; the columns of its rows are the
     documents of all devices, in their order.
     """
-    vectors = floats(query.vectors), floats(documents.vectors)
-    return _tiled(axis, tile, *vectors, query.score, documents.score)
+    return _summed(_best(query, documents, 0, axis, tile)[0], query.score)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _tiled(axis, tile, q_BQE, d_NTE, q_mask, d_mask):
-    return _forward(axis, tile, q_BQE, d_NTE, q_mask, d_mask)[0]
+def xtr(query: Tokens, documents: Tokens, k: int) -> Float[Array, "B N"]:
+    """Scores where a token of a document counts for a query's token only among the `k` of all N documents most similar to it;
+    with fewer than k all do. Which ones count takes no gradient. What has no tokens is treated as by `maxsim`."""
+    product_NTBQ = _products(query, documents)
+    product_BQM = jnp.moveaxis(product_NTBQ.reshape(-1, *product_NTBQ.shape[2:]), 0, -1)
+    top_BQK = jax.lax.stop_gradient(jax.lax.top_k(product_BQM, min(k, product_BQM.shape[-1]))[0])
+    return _averaged(product_NTBQ.max(1), top_BQK[..., -1], query.score)
 
 
-def _forward(axis, tile, q_BQE, d_NTE, q_mask, d_mask):
-    """Scores, and what the gradient needs: for each query token and document the place of the best document token."""
+def xtr_tiled(query: Tokens, documents: Tokens, k: int, *, axis: tuple[str, ...] = (), tile: int = 0) -> Float[Array, "B N"]:
+    """`xtr` in tiles and with an `axis` as `maxsim_tiled` has them; the `k` are those of the documents of all devices."""
+    best_NBQ, top_BQK = _best(query, documents, k, axis, tile)
+    return _averaged(best_NBQ, top_BQK[..., -1], query.score)
+
+
+def _products(query: Tokens, documents: Tokens) -> Float[Array, "N T B Q"]:
+    """Similarities of all tokens, -inf where the document's does not count. Documents first: the maximum runs over rows of
+    numbers that lie side by side."""
+    product_NTBQ = jnp.einsum("nte,bqe->ntbq", floats(documents.vectors), floats(query.vectors), precision=HIGHEST)
+    return jnp.where(documents.score[..., None, None], product_NTBQ, -jnp.inf)
+
+
+def _summed(best: Float[Array, "N B Q"], q_mask: Bool[Array, "B Q"]) -> Float[Array, "B N"]:
+    """The best of a document without tokens is -inf, which must reach neither the sum nor its gradient."""
+    return jnp.where(q_mask[None] & (best != -jnp.inf), best, 0).sum(-1).T
+
+
+def _averaged(best: Float[Array, "N B Q"], least: Float[Array, "B Q"], q_mask: Bool[Array, "B Q"]) -> Float[Array, "B N"]:
+    """`least` is the smallest similarity that counts."""
+    counts = q_mask[None] & (best != -jnp.inf) & (best >= least[None])
+    return (jnp.where(counts, best, 0).sum(-1) / jnp.maximum(counts.sum(-1), 1)).T
+
+
+# The best of each query token, in tiles
+
+
+def _best(
+    query: Tokens, documents: Tokens, k: int, axis: tuple[str, ...], tile: int
+) -> tuple[Float[Array, "N B Q"], Float[Array, "B Q K"]]:
+    """Each query token's best similarity with each document, -inf where that has no token, and its k largest with tokens of all
+    documents, largest first, without gradient."""
+    found = _tiled(axis, tile, k, floats(query.vectors), floats(documents.vectors), documents.score)
+    return cast(tuple[Array, Array], found)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _tiled(axis, tile, k, q_BQE, d_NTE, d_mask):
+    return _forward(axis, tile, k, q_BQE, d_NTE, d_mask)[0]
+
+
+def _forward(axis, tile, k, q_BQE, d_NTE, d_mask):
+    """The result, and what the gradient needs: for each query token and document the place of the best document token."""
     count, here, n = _places(axis, d_NTE)
-    scores = jnp.zeros((count, n, len(q_BQE)), q_BQE.dtype)
-    places = jnp.zeros((count, n, *q_BQE.shape[:2]), jnp.int32)
+    best = jnp.zeros((count, n, *q_BQE.shape[:2]), q_BQE.dtype)
+    top_BQK = jnp.full((*q_BQE.shape[:2], k), -jnp.inf, q_BQE.dtype)
 
     def visit(staying, travelling):
-        d_NTE, d_mask, block = travelling
-        found = _scored(tile, q_BQE, d_NTE, q_mask, d_mask)
+        (whole, top_BQK), (d_NTE, d_mask, block) = staying, travelling
+        found, top_BQK = _compared(tile, q_BQE, d_NTE, d_mask, top_BQK)
         put = lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, block, 0)
-        return jax.tree.map(put, staying, found), None
+        return (jax.tree.map(put, whole, found), top_BQK), None
 
-    (scores, places), _ = trip(axis, visit, (scores, places), (d_NTE, d_mask, here))
-    return scores.reshape(-1, len(q_BQE)).T, (q_BQE, d_NTE, q_mask, d_mask, places)
+    start = (best, jnp.zeros_like(best, jnp.int32)), top_BQK
+    ((best, places), top_BQK), _ = trip(axis, visit, start, (d_NTE, d_mask, here))
+    return (best.reshape(-1, *best.shape[2:]), top_BQK), (q_BQE, d_NTE, places)
 
 
-def _backward(axis, tile, kept, g_BM):
-    q_BQE, d_NTE, q_mask, d_mask, places = kept
+def _backward(axis, tile, k, kept, cotangents):
+    q_BQE, d_NTE, places = kept
     count, here, n = _places(axis, d_NTE)
-    g_PNB = g_BM.T.reshape(count, n, -1)
+    g_PNBQ = cotangents[0].reshape(count, n, *q_BQE.shape[:2])
 
     def visit(dq_BQE, travelling):
-        d_NTE, d_mask, block = travelling
+        d_NTE, block = travelling
         pick = lambda whole: jax.lax.dynamic_index_in_dim(whole, block, 0, keepdims=False)
-        g_NB = jnp.where(d_mask.any(-1, keepdims=True), pick(g_PNB), 0)
-        more, dd_NTE = _gradients(tile, q_BQE, d_NTE, q_mask, pick(places), g_NB)
+        more, dd_NTE = _gradients(tile, q_BQE, d_NTE, pick(places), pick(g_PNBQ))
         return dq_BQE + more, dd_NTE
 
-    dq_BQE, dd_NTE = trip(axis, visit, jnp.zeros_like(q_BQE), (d_NTE, d_mask, here))
-    return dq_BQE, dd_NTE, None, None
+    dq_BQE, dd_NTE = trip(axis, visit, jnp.zeros_like(q_BQE), (d_NTE, here))
+    return dq_BQE, dd_NTE, None
 
 
 _tiled.defvjp(_forward, _backward)
@@ -108,14 +154,17 @@ def _places(axis: tuple[str, ...], documents: Array) -> tuple[int, Array, int]:
     return (jax.lax.axis_size(axis) if axis else 1), here, len(documents)
 
 
-def _scored(tile: int, q_BQE, d_NTE, q_mask, d_mask) -> tuple[Float[Array, "N B"], Int[Array, "N B Q"]]:
-    """Scores and best places, a tile of documents and one of queries at a time."""
-    b, n = len(q_BQE), len(d_NTE)
-    rows, columns = _sizes(tile, q_BQE, d_NTE)
+def _compared(
+    tile: int, q_BQE, d_NTE, d_mask, top_BQK
+) -> tuple[tuple[Float[Array, "N B Q"], Int[Array, "N B Q"]], Float[Array, "B Q K"]]:
+    """Best similarities and their places, a tile of queries and one of documents at a time; and the k largest, of those that
+    were the largest so far and these."""
+    b, n, k = len(q_BQE), len(d_NTE), top_BQK.shape[-1]
+    rows, columns = _sizes(tile, q_BQE, d_NTE, k)
 
-    def one(block):
-        (q_RQE, q_mask), (d_CTE, d_mask) = block
-        # Documents first: maxima run over rows of numbers that lie side by side.
+    def one(q_RQE, top_RQK, document):
+        d_CTE, d_mask = document
+        # Documents first, as in `_products`.
         product = jnp.matmul(d_CTE.reshape(-1, d_CTE.shape[-1]), q_RQE.reshape(-1, q_RQE.shape[-1]).T, precision=HIGHEST)
         product_CTRQ = product.reshape(*d_CTE.shape[:2], *q_RQE.shape[:2])
         product_CTRQ = jnp.where(d_mask[..., None, None], product_CTRQ, -jnp.inf)
@@ -123,28 +172,28 @@ def _scored(tile: int, q_BQE, d_NTE, q_mask, d_mask) -> tuple[Float[Array, "N B"
         # The first place of the best, as argmax has it: that is a loop over numbers on a CPU, and costs as much as the product.
         places = jnp.arange(d_CTE.shape[1], dtype=jnp.int32)[None, :, None, None]
         place_CRQ = jnp.where(product_CTRQ == best_CRQ[:, None], places, places.size).min(1)
-        return _summed(best_CRQ, q_mask, d_mask), place_CRQ
+        if k:
+            product_RQM = jnp.moveaxis(product_CTRQ.reshape(-1, *q_RQE.shape[:2]), 0, -1)
+            top_RQK = jax.lax.top_k(jnp.concatenate([top_RQK, product_RQM], -1), k)[0]
+        return top_RQK, (best_CRQ, place_CRQ)
 
-    documents, queries = _blocks((d_NTE, d_mask), columns), _blocks((q_BQE, q_mask), rows)
-    across = lambda document: jax.lax.map(lambda query: one((query, document)), queries)
-    found = jax.lax.map(across, documents)  # [documents' blocks, queries' blocks, C, R, ...]
-    join = lambda x: x.swapaxes(1, 2).reshape(x.shape[0] * x.shape[2], -1, *x.shape[4:])[:n, :b]
-    return jax.tree.map(join, found)
+    documents = _blocks((d_NTE, d_mask), columns)
+    across = lambda query: jax.lax.scan(lambda top, document: one(query[0], top, document), query[1], documents)
+    top, found = jax.lax.map(across, _blocks((q_BQE, top_BQK), rows))  # found: [queries' blocks, documents' blocks, C, R, Q]
+    join = lambda x: jnp.moveaxis(x, 0, 2).reshape(-1, x.shape[0] * x.shape[3], x.shape[4])[:n, :b]
+    return jax.tree.map(join, found), top.reshape(top.shape[0] * rows, *top.shape[2:])[:b]
 
 
-def _gradients(tile: int, q_BQE, d_NTE, q_mask, places_NBQ, g_NB) -> tuple[Float[Array, "B Q E"], Float[Array, "N T E"]]:
-    """What the score's cotangents say to queries and documents: each query token moves with its best document token, a tile of
-    documents at a time."""
-    weight_NBQ = jnp.where(q_mask[None], g_NB[..., None], 0)
-    _, columns = _sizes(tile, q_BQE, d_NTE)
+def _gradients(tile: int, q_BQE, d_NTE, places_NBQ, g_NBQ) -> tuple[Float[Array, "B Q E"], Float[Array, "N T E"]]:
+    """What the cotangents of the best similarities say to queries and documents: each query token moves with its best document
+    token, a tile of documents at a time."""
+    _, columns = _sizes(tile, q_BQE, d_NTE, 0)
 
     def one(dq_BQE, block):
-        d_CTE, place_CBQ, weight_CBQ = block
-        add = jax.lax.platform_dependent(q_BQE, d_CTE, place_CBQ, weight_CBQ, cpu=_by_place, default=_by_product)
+        add = jax.lax.platform_dependent(q_BQE, *block, cpu=_by_place, default=_by_product)
         return dq_BQE + add[0], add[1]
 
-    blocks = _blocks((d_NTE, places_NBQ, weight_NBQ), columns)
-    dq_BQE, dd = jax.lax.scan(one, jnp.zeros_like(q_BQE), blocks)
+    dq_BQE, dd = jax.lax.scan(one, jnp.zeros_like(q_BQE), _blocks((d_NTE, places_NBQ, g_NBQ), columns))
     return dq_BQE, dd.reshape(-1, *d_NTE.shape[1:])[: len(d_NTE)]
 
 
@@ -170,17 +219,17 @@ def _by_product(q_BQE, d_CTE, place_CBQ, weight_CBQ):
     return dq_BQE, jnp.einsum("cbqt,bqe->cte", chosen_CBQT, q_BQE, precision=HIGHEST)
 
 
-def _summed(best: Float[Array, "N B Q"], q_mask: Bool[Array, "B Q"], d_mask: Bool[Array, "N T"]) -> Float[Array, "N B"]:
-    """The best of a document without tokens is -inf, which must reach neither the sum nor its gradient."""
-    counts = q_mask[None] & d_mask.any(-1)[:, None, None]
-    return jnp.where(counts, best, 0).sum(-1)
-
-
-def _sizes(tile: int, q_BQE: Array, d_NTE: Array) -> tuple[int, int]:
-    """Queries and documents of a tile: all queries, if that leaves room for a document."""
-    q, t = q_BQE.shape[1], d_NTE.shape[1]
-    rows = min(len(q_BQE), max(1, TILE // (q * t)))
-    return rows, min(len(d_NTE), tile or max(1, TILE // (rows * q * t)))
+def _sizes(tile: int, q_BQE: Array, d_NTE: Array, k: int) -> tuple[int, int]:
+    """Queries and documents of a tile: all queries, if that leaves room for the documents it should have."""
+    (b, q, e), (n, t, _) = q_BQE.shape, d_NTE.shape
+    least = min(n, max(1, FRESH * k // t))
+    rows = min(b, max(1, (TILE // (t * least) - e) // q))
+    if tile:
+        return rows, min(n, tile)
+    most = min(n, max(1, TILE // (t * (rows * q + e))))
+    # Blocks that leave no rest are cut without a copy of all documents.
+    even = max(size for size in range(1, most + 1) if n % size == 0)
+    return rows, even if 2 * even >= most else most
 
 
 def _blocks(tree, size: int):
@@ -188,7 +237,7 @@ def _blocks(tree, size: int):
 
     def one(x):
         x = jnp.pad(x, [(0, -len(x) % size), *[(0, 0)] * (x.ndim - 1)])
-        return x.reshape(-1, size, *x.shape[1:])
+        return x.reshape(len(x) // size, size, *x.shape[1:])
 
     return jax.tree.map(one, tree)
 
@@ -203,9 +252,8 @@ def loss(
     bias: Float[Array, ""] | float = 0.0,
     hashes: Hashes | None = None,
 ) -> Loss:
-    """`contrastive.loss` of MaxSim scores: those of query b with candidate c of row r are `scores[b, r, c]`. The scores are few
-    beside the tokens they come from, so they are all held. Metrics: `top1`, and `positive`, the mean score of a row's own
-    positive."""
+    """`contrastive.loss` of the scores: those of query b with candidate c of row r are `scores[b, r, c]`. They are few beside
+    the tokens they come from, so they are all held. Metrics: `top1`, and `positive`, the mean score of a row's own positive."""
     b, _, c = scores_BBC.shape
     nothing = jnp.zeros((b, 1)), jnp.zeros((b, c, 1))  # texts are compared by the scores
 

@@ -29,9 +29,14 @@ DENSE_SCORES = 2**22
 
 
 def in_batch(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: Mesh) -> Objective:
-    """Raises ConfigError for a guide that does not fit."""
+    """Raises ConfigError for a guide that does not fit, and for XTR's scores, which vectors of tokens have."""
     loss = task.loss
     assert isinstance(loss, InBatch)
+    if loss.xtr:
+        raise ConfigError(
+            f"set {task.name!r}: {type(loss).__name__}.xtr is {loss.xtr}, which is of late interaction; its towers have one "
+            "vector a text"
+        )
     guide = _guide(task, loss, model, embedders)
     compare = _comparison(loss, mesh, model.similarity, first_scale(loss, model))
 
@@ -89,7 +94,8 @@ def first_scale(loss: InBatch | ContrastiveDistillation, model: Model) -> float:
     """The factor on the scores, at first if it is learned."""
     if loss.scale is not None:
         return loss.scale
-    return 20.0 if model.similarity == "cosine" and not model.late else 1.0
+    sums = model.late and not (isinstance(loss, InBatch) and loss.xtr)
+    return 20.0 if model.similarity == "cosine" and not sums else 1.0
 
 
 def _comparison(loss: InBatch, mesh: Mesh, similarity: Similarity, scale: float) -> Callable[..., contrastive.Loss]:

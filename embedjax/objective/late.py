@@ -1,8 +1,8 @@
-"""Losses of late interaction: texts are compared by MaxSim over the vectors of their tokens."""
+"""Losses of late interaction: texts are compared over the vectors of their tokens, by MaxSim or as XTR does."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -92,18 +92,17 @@ def _taught(loss: Taught, task: Set, model: Model, embedders: Mapping[str, Embed
 
 
 def _scores(loss: InBatch, mesh: Mesh) -> Scores:
-    """`(queries, documents) -> scores` of the global batch, in the form that is asked for. The tiled form is faster than the
-    dense one at any size."""
+    """`(queries, documents) -> scores` of the global batch, MaxSim or XTR's, in the form that is asked for. The tiled form is
+    faster than the dense one at any size."""
     devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     form = loss.form if loss.form != "auto" else ("ring" if devices > 1 else "tiled")
-    tiled: Scores = lambda query, documents: late.maxsim_tiled(query, documents, tile=loss.tile)
-
-    def local(query: Tokens, documents: Tokens) -> Any:
-        return late.maxsim_tiled(query, documents, axis=BATCH_AXES, tile=loss.tile)
+    dense: Scores = functools.partial(late.xtr, k=loss.xtr) if loss.xtr else late.maxsim
+    tiled = functools.partial(late.xtr_tiled, k=loss.xtr) if loss.xtr else late.maxsim_tiled
+    local = functools.partial(tiled, axis=BATCH_AXES, tile=loss.tile)
 
     def ring(query: Tokens, documents: Tokens) -> Float[Array, "B N"]:
         # As in the ring of vectors, the loops begin with plain zeros, which the check of varying axes refuses.
         rows = P(BATCH_AXES)
         return jax.shard_map(local, mesh=mesh, in_specs=(rows, rows), out_specs=rows, check_vma=False)(query, documents)
 
-    return {"dense": late.maxsim, "tiled": tiled, "ring": ring}[form]
+    return {"dense": dense, "tiled": functools.partial(tiled, tile=loss.tile), "ring": ring}[form]

@@ -1,4 +1,4 @@
-"""MaxSim against loops in float64, value and gradient; its tiled and ring forms against its definition on 1 to 8 devices."""
+"""MaxSim and XTR's scores against loops in float64, value and gradient; in every form, on 1 to 8 devices."""
 
 import functools
 
@@ -50,6 +50,25 @@ def looped(query, documents, weight):
     return scores, dq, dd
 
 
+def looped_xtr(k, query, documents, weight):
+    """The same of XTR's scores: each query token retrieves the `k` most similar tokens of all documents."""
+    scores, dq, dd = np.zeros((B, N)), np.zeros_like(query.vectors), np.zeros_like(documents.vectors)
+    tokens = np.argwhere(documents.score)
+    for b in range(B):
+        best = [{} for _ in range(N)]  # of each document: query token -> (similarity, document token)
+        for i in np.flatnonzero(query.score[b]):
+            found = [query.vectors[b, i] @ documents.vectors[n, j] for n, j in tokens]
+            for place in np.argsort(found)[::-1][:k]:
+                n, j = tokens[place]
+                best[n][i] = max(best[n].get(i, (-np.inf, 0)), (found[place], j))
+        for n, of_token in enumerate(best):
+            scores[b, n] = np.mean([similarity for similarity, _ in of_token.values()]) if of_token else 0
+            for i, (_, j) in of_token.items():
+                dq[b, i] += weight[b, n] / len(of_token) * documents.vectors[n, j]
+                dd[n, j] += weight[b, n] / len(of_token) * query.vectors[b, i]
+    return scores, dq, dd
+
+
 WEIGHT = np.random.default_rng(1).normal(size=(B, N))
 
 
@@ -64,9 +83,9 @@ def both(form, query, documents):
     return jax.device_get((scores, dq, dd))
 
 
-def ring(devices, tile):
+def ring(devices, tile, tiled=late.maxsim_tiled):
     mesh = sharding.make_mesh(config.Mesh(*MESHES[devices]), jax.devices()[:devices])
-    local = functools.partial(late.maxsim_tiled, axis=BATCH_AXES, tile=tile)
+    local = functools.partial(tiled, axis=BATCH_AXES, tile=tile)
     rows = P(BATCH_AXES)
     form = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows), out_specs=rows, check_vma=False)
     return lambda *sides: form(*jax.lax.with_sharding_constraint(sides, sharding.rows(mesh)))
@@ -84,6 +103,62 @@ def test_every_form_equals_loops_in_value_and_gradient(name):
     for x, y in zip(found, looped(query, documents, WEIGHT), strict=True):
         assert x.dtype == np.float64
         np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12)
+
+
+XTR = functools.partial(functools.partial, late.xtr_tiled)  # XTR(k=9): a form
+RETRIEVED = {
+    "dense": (9, functools.partial(late.xtr, k=9)),
+    "dense, all": (500, functools.partial(late.xtr, k=500)),
+    "tiled": (20, XTR(k=20)),
+    "tiled, ragged": (9, XTR(k=9, tile=3)),
+    "tiled, one": (1, XTR(k=1, tile=3)),
+    "tiled, all": (500, XTR(k=500, tile=3)),
+    "ring of 1": (9, ring(1, 0, XTR(k=9))),
+    "ring of 2": (20, ring(2, 3, XTR(k=20))),
+    "ring of 4": (9, ring(4, 0, XTR(k=9))),
+    "ring of 8": (40, ring(8, 1, XTR(k=40))),
+}
+
+
+@pytest.mark.parametrize("name", RETRIEVED)
+def test_xtr_equals_loops_in_value_and_gradient(name):
+    query, documents = texts()
+    k, form = RETRIEVED[name]
+    with jax.enable_x64(True):
+        found = both(form, query, documents)
+    for x, y in zip(found, looped_xtr(k, query, documents, WEIGHT), strict=True):
+        assert x.dtype == np.float64
+        np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12)
+
+
+def test_xtr_that_retrieves_all_is_the_mean_of_maxsim():
+    query, documents = texts()
+    with jax.enable_x64(True):
+        found, summed = jax.device_get((late.xtr(query, documents, 500), late.maxsim(query, documents)))
+    np.testing.assert_allclose(found, summed / np.maximum(query.score.sum(1, keepdims=True), 1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["dense", "tiled, ragged", "ring of 4"])
+def test_xtr_in_float32_is_finite_where_nothing_counts(name):
+    query, documents = texts()
+    empty = documents._replace(score=np.zeros_like(documents.score))
+    one = empty._replace(score=documents.score & (np.arange(N) == 7)[:, None])
+    single = lambda side: side._replace(vectors=side.vectors.astype(np.float32))
+    k, form = RETRIEVED[name]
+    for these in (documents, empty, one):
+        for x, y in zip(both(form, single(query), single(these)), looped_xtr(k, query, these, WEIGHT), strict=True):
+            assert x.dtype == np.float32
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dense", "tiled", "ring of 2"])
+def test_vectors_that_are_no_numbers_are_seen_in_the_gradient(name):
+    """Of which the trainer then skips the step."""
+    query, documents = texts()
+    documents.vectors[2] = np.nan
+    for form in (FORMS[name], RETRIEVED[name][1]):
+        _, dq, dd = both(form, query, documents)
+        assert not np.isfinite(np.append(dq, dd)).all()
 
 
 @pytest.mark.parametrize("name", ["dense", "tiled, ragged", "ring of 4"])
@@ -110,10 +185,15 @@ def test_bfloat16_tokens_are_scored_in_float32():
 def test_small_tiles_of_queries_too(monkeypatch):
     query, documents = texts(3)
     monkeypatch.setattr(late, "TILE", 3 * LQ * LD)
-    with jax.enable_x64(True):
-        found = both(lambda *sides: late.maxsim_tiled(*sides), query, documents)
-    for x, y in zip(found, looped(query, documents, WEIGHT), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12)
+    forms = (
+        (lambda *sides: late.maxsim_tiled(*sides), looped),
+        (lambda *sides: late.xtr_tiled(*sides, 2), functools.partial(looped_xtr, 2)),
+    )
+    for form, known in forms:
+        with jax.enable_x64(True):
+            found = both(form, query, documents)
+        for x, y in zip(found, known(query, documents, WEIGHT), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_by_products_are_those_by_places(monkeypatch):

@@ -15,7 +15,8 @@ class InBatch(Pooled):
     takes: ClassVar[tuple[str, ...]] = ("negative",)
 
     scale: float | None = None
-    """Factor on the similarity, at most 100: 1 / temperature. None is 20 on cosines, 1 on dot products."""
+    """Factor on the similarity, at most 100: 1 / temperature. None is 20 on cosines and XTR's means of them, 1 on dot products
+    and MaxSim's sums."""
     learn_scale: bool = False
     """Train the logarithm of the scale, held in [0, ln 100]; one scale, shared by all sets that learn it."""
     mask_duplicates: bool = True
@@ -31,6 +32,10 @@ class InBatch(Pooled):
     devices; auto goes by what a device would have to hold."""
     tile: int = 0
     """Candidates in a tile; 0 for a good number."""
+    xtr: int = 0
+    """With k, late interaction is scored as XTR trains it (Lee et al. 2023, section 3.1, k from 128 to 320): a document's token
+    counts for an anchor's only among the k most similar of the whole batch, and the score is the mean over the anchor's tokens
+    that have one there. k above the number of tokens means all of them. 0 is MaxSim."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -39,8 +44,9 @@ class InBatch(Pooled):
             raise ConfigError(f"{name}.scale is {self.scale}; it must be above 0 and at most 100")
         if self.learn_scale and self.scale is not None and self.scale < 1:
             raise ConfigError(f"{name}.scale is {self.scale}; one that is learned must be at least 1")
-        if self.tile < 0:
-            raise ConfigError(f"{name}.tile is {self.tile}; it must be at least 0")
+        for field in ("tile", "xtr"):
+            if (value := getattr(self, field)) < 0:
+                raise ConfigError(f"{name}.{field} is {value}; it must be at least 0")
         require_numbers(self, "guide_margin")
 
 
