@@ -125,6 +125,39 @@ def test_recipes_run_when_they_are_small(name, shards, tokenizer, tmp_path, caps
     assert constants.exists() == bool(frozen)
 
 
+def test_colbertv2_runs_when_it_is_small(tmp_path):
+    made = from_file(FOLDER / "colbertv2.py")
+    (task,) = made.data.sets
+    names = [name for name in task.columns if not name.startswith("score")]
+    assert len(names) == 65 and len(task.columns) == 129 and list(task.columns.values()) == list(task.columns)
+    rng, words = np.random.default_rng(0), ["red", "green", "blue", "small", "large", "old", "new", "round", "flat", "quiet"]
+    text = lambda: " ".join(rng.choice(words, 4))
+    rows = [{name: text() if name in names else float(rng.normal()) for name in task.columns} for _ in range(16)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tower = dataclasses.replace(
+        made.model.towers["text"],
+        init="",
+        tokenizer="wordpiece",
+        arch=config.Bert(vocab_size=128, positions=12, **SMALL),
+        late=config.Late(query_length=8, document_length=12),
+        compute="float32",
+    )
+    made = dataclasses.replace(
+        made,
+        steps=2,
+        model=config.Model({"text": tower}),
+        data=dataclasses.replace(
+            made.data, batch_size=8, sets=(dataclasses.replace(task, source=config.File(str(tmp_path / "train.jsonl"))),)
+        ),
+        optim=dataclasses.replace(made.optim, warmup=1),
+        log_every=1,
+    )
+    assert train(made, tmp_path / "run").step == 2
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert all(row["loss"] == pytest.approx(row["KlDistillation"] + row["MultipleNegatives"], rel=1e-5) for row in rows)
+    assert load(tmp_path / "run" / "export").params["towers"]["text"]["dense"]["0"]["kernel"].shape == (16, 128)
+
+
 def test_a_dry_run_of_a_recipe_tells_its_shapes(shards, tokenizer):
     told = "\n".join(preview(small(from_file(FOLDER / "clip.py:b16"), shards, tokenizer)))
     assert "16x16x16x3" in told and "row 0 anchor: a " in told and '"b2": 0.98' in told
