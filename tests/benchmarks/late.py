@@ -3,11 +3,13 @@
     python tests/benchmarks/late.py [--queries 256] [--documents 512] [--only-forward] [--sides tiled,dense,torch] [--rounds 3]
 
 In-batch: value and gradient of the softmax loss of all queries with all documents; `--only-forward` takes scores alone, as a
-search does. Each side is a process of its own; their turns alternate, so that a busy machine slows all, and the ratios are
-medians over turns. Extra memory is the peak resident size less what was there before the first turn, inputs and gradients.
+search does. `--sides tiled,xtr` sets XTR's scores beside MaxSim's, both in tiles. Each side is a process of its own; their
+turns alternate, so that a busy machine slows all, and the ratios are medians over turns. Extra memory is the peak resident size
+less what was there before the first turn, inputs and gradients.
 """
 
 import argparse
+import functools
 import os
 import resource
 import statistics
@@ -38,7 +40,8 @@ def ours(form: str, options: argparse.Namespace) -> Callable[[], float]:
 
     query, documents, score = map(jnp.asarray, inputs(options))
     every = jnp.ones(query.shape[:2], bool)
-    scored = late.maxsim if form == "dense" else late.maxsim_tiled
+    forms = {"tiled": late.maxsim_tiled, "dense": late.maxsim, "xtr": functools.partial(late.xtr_tiled, k=options.k)}
+    scored = forms[form]
 
     def loss(query, documents):
         scores = scored(Tokens(query, every), Tokens(documents, score))
@@ -105,9 +108,10 @@ def main() -> None:
     parser.add_argument("--document-length", type=int, default=180)
     parser.add_argument("--width", type=int, default=128, help="numbers of a token's vector")
     parser.add_argument("--only-forward", action="store_true", help="scores without a gradient")
-    parser.add_argument("--sides", default="tiled,dense,torch")
+    parser.add_argument("--k", type=int, default=256, help="tokens that XTR retrieves for each token of a query")
+    parser.add_argument("--sides", default="tiled,dense,torch", help="of tiled, dense, torch, xtr; tiled is one of them")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side after the first")
-    parser.add_argument("--serve", choices=("tiled", "dense", "torch"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=("tiled", "dense", "torch", "xtr"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         serve(options.serve, options)

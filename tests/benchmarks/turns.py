@@ -37,11 +37,12 @@ def _peak() -> float:
 
 
 class Side:
-    """This script started again with `arguments`, and `preload` as its allocator. `first` is what its first step told."""
+    """This script started again with `arguments`, by `python` or, if that is empty, by this one, and with `preload` as its
+    allocator. `first` is what its first step told."""
 
-    def __init__(self, arguments: Sequence[str], preload: str):
+    def __init__(self, arguments: Sequence[str], preload: str, python: str = ""):
         environment = os.environ | ({"LD_PRELOAD": preload} if preload else {})
-        command = [sys.executable, sys.argv[0], *arguments]
+        command = [python or sys.executable, sys.argv[0], *arguments]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         self.first = self._answer()
 
