@@ -74,12 +74,11 @@ def told(name: str, size: float, measured: Iterable[dict[str, float]]) -> None:
     print(f"| {name} | {size:,.0f} | " + " | ".join(f"{each['ndcg@10']:.4f}" for each in measured) + " |", flush=True)
 
 
-def singles(model, data) -> None:
+def singles(vectors, data) -> None:
     """One vector a text, kept as floats, bytes and bits."""
     from embedjax import quantize
     from embedjax.evaluate.retrieval import topk
 
-    vectors = {name: [side.vectors(model, None) for side in each.sides] for name, each in data.items()}
     for precision in PRECISIONS:
         found, size = [], 0
         for name, (queries, documents) in vectors.items():
@@ -110,7 +109,7 @@ def sweep(tokens, data) -> None:
                 told(f"tokens / {pool}, {dim} numbers, {precision}", size, found)
 
 
-def stages(tokens, single, data) -> None:
+def stages(tokens, vectors, data) -> None:
     """Candidates of a first stage, scored by all their tokens."""
     from embedjax.evaluate.bm25 import bm25_rank
     from embedjax.evaluate.late import maxsim_own, maxsim_topk
@@ -124,7 +123,7 @@ def stages(tokens, single, data) -> None:
         texts = data[name].queries.texts, data[name].documents.texts
         ranked = {
             "BM25, 100": bm25_rank(*texts, 100),
-            "one vector a text, 100": topk(*(side.vectors(single, None) for side in data[name].sides), 100)[1],
+            "one vector a text, 100": topk(*vectors[name], 100)[1],
         }
         candidates = {first: by_ranking(found) for first, found in ranked.items()}
         candidates |= {f"tokens, {k} for each": by_tokens(queries, documents, k) for k in (10, 100)}
@@ -151,11 +150,11 @@ def main() -> None:
     asked = tasks(arguments.work)
     data = dict(zip(asked, prepare(tuple(asked.values())), strict=True))
     print("\n| kept of a document | bytes a document, SciFact | SciFact nDCG@10 | Cranfield nDCG@10 |\n|---|---|---|---|")
-    single, late = load(arguments.work / "single"), load(arguments.work / "late")
-    singles(single, data)
-    tokens = {name: [side.vectors(late, None) for side in each.sides] for name, each in data.items()}
+    encoded = lambda model: {name: [side.vectors(model, None) for side in each.sides] for name, each in data.items()}
+    vectors, tokens = (encoded(load(arguments.work / kind)) for kind in RATES)
+    singles(vectors, data)
     sweep(tokens, data)
-    stages(tokens, single, data)
+    stages(tokens, vectors, data)
 
 
 if __name__ == "__main__":
