@@ -84,9 +84,15 @@ def test_random_order_gives_the_rows_of_a_sequential_read(tmp_path, name):
         assert source[i] == source[np.int64(i)] == expected[i]
     (file,) = source.files
     assert (file.path, file.size, file.rows) == (str(path), path.stat().st_size, len(ROWS))
-    assert manifest(source) == [
-        {"file": str(path), "bytes": file.size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "rows": len(ROWS)}
-    ]
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    facts = {
+        "file": str(path),
+        "bytes": file.size,
+        "changed": str(path.stat().st_mtime_ns),
+        "sha256": sha256,
+        "rows": len(ROWS),
+    }
+    assert manifest(source) == [facts]
     for outside in (-1, len(ROWS)):
         with pytest.raises(IndexError):
             source[outside]
