@@ -9,10 +9,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA aborts a collective whose threads do not all arrive in time, which busy cores make likely. Most of the time goes to
 # compiling programs that run once, and without optimisation that takes half as long.
 FLAGS = " --xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_backend_optimization_level=0"
-# Devices may enter two collectives in different order. With a thread a core they then wait for each other for ever: in a ring
-# cached on eight devices, one run in four on one core. With threads enough all arrive.
-os.environ.setdefault("NPROC", "32")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
+# Threads of XLA. Devices may enter two collectives in different order; with a thread a core they then wait for each other for
+# ever (a ring cached on eight devices did in one run of four on one core), with threads enough all arrive.
+os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
