@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from embedjax import supervise
-from embedjax.config import Bert, Config, Data, Evaluate, Model, Precision, Retrieval, Set, Tower
+from embedjax.config import Bert, Config, Data, Evaluate, Model, Retrieval, Set, Tower
 from embedjax.config.errors import CheckFailed, ConfigError
 from embedjax.config.overrides import parse
 from embedjax.config.run import run_folder
@@ -106,126 +106,41 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 def encode(arguments: Sequence[str]) -> None:
     """encode MODEL INPUT OUTPUT"""
+    from embedjax.evaluate import encode_arguments as reading
 
-    def command(
-        model: tyro.conf.Positional[str],
-        input: tyro.conf.Positional[str],
-        output: tyro.conf.Positional[str],
-        column: str = "",
-        kind: Annotated[Literal["query", "document", "text", "image"] | None, tyro.conf.arg(name="as")] = None,
-        task: str = "",
-        pool: int = 1,
-        precision: Precision = "float32",
-        engine: Annotated[Literal["qdrant", "vespa"] | None, tyro.conf.arg(name="for")] = None,
-        ids: str = "",
-        field: str = "colbert",
-        doctype: str = "doc",
-        bits: bool = False,
-    ) -> tuple:
-        """Writes one vector a text or picture, or by late interaction one a token. The same command after a kill goes on where
-        it stopped.
-
-        Args:
-            model: Run folder, exported folder, Hugging Face or sentence-transformers folder, or hub id.
-            input: .txt with a text a line, .jsonl, .csv, .tsv or .parquet; or a folder of pictures, at any depth and in the
-                order of their paths, a table with a column of pictures (paths relative to it, or bytes), or .tar archives of
-                webdataset's layout (one, or a pattern in quotes such as "train-{0000..0127}.tar").
-            output: .npy (float32, N x E) or .parquet (texts, or names of the pictures, and vectors). By late interaction
-                NAME.npy (those of all tokens) with NAME.starts.npy (where each text begins), .parquet (a list of vectors a
-                text), or .jsonl for an engine.
-            column: Column of the texts or pictures in the input (default: "text" or "image", or the only one).
-            kind: What the inputs are. Queries and documents have prompts or towers of their own where the model has such
-                (default: text, without; for a model of two towers of texts, or of late interaction, query where the column is
-                called query or anchor, else document). A model of texts and pictures takes folders, archives and columns of
-                bytes or of names such as a.jpg for pictures, all else for texts, unless this says text or image.
-            task: Name of one of the model's prompts, of one of its adapters, or of both.
-            pool: Late interaction: write about one vector for so many tokens of a document.
-            precision: Late interaction: what the numbers of .npy are kept as; NAME.ranges.npy has the ranges of int8 and uint8.
-            engine: Late interaction: what reads the .jsonl: a line a text, a point with a named multivector for Qdrant, a
-                put of a document with a tensor<float>(dt{},x[E]) for Vespa.
-            ids: Column of the texts' ids for the engine (default: row numbers).
-            field: Name of Qdrant's vector, or Vespa's field, that holds the vectors.
-            doctype: Vespa's type of document, and namespace.
-            bits: Write the signs alone, as Vespa's tensor<int8>(dt{},x[E/8]).
-        """
-        return (model, input, output, column, kind, task), (pool, precision), (engine, ids, field, doctype, bits)
-
-    (name, source, output, column, kind, task), (pool, precision), feed = parse(command, arguments, prog="embedjax encode")
-    if feed[0] is None and feed[1:] != ("", "colbert", "doc", False):
-        raise ConfigError("--ids, --field, --doctype and --bits are for an engine: --for qdrant or --for vespa")
+    made = reading.parse(arguments)
     from embedjax.config import Mesh
-    from embedjax.evaluate.engines import Feed
     from embedjax.evaluate.files import encode_file
     from embedjax.evaluate.progress import Display
     from embedjax.evaluate.token_files import encode_tokens_file
     from embedjax.load import load
     from embedjax.sharding import make_mesh
 
-    model, mesh = load(name), make_mesh(Mesh())
+    model, mesh = load(made.model), make_mesh(Mesh())
     late = model.config.late
-    if (feed[0] or pool > 1 or precision != "float32") and not late:
-        raise ConfigError(f"{name} gives one vector a text; --for, --pool and --precision are of late interaction")
-    chosen = {"pool": pool, "precision": precision, "feed": Feed(*feed) if feed[0] else None} if late else {}
-    write = encode_tokens_file if late else encode_file
+    if (made.engine or made.pool > 1 or made.precision != "float32") and not late:
+        raise ConfigError(f"{made.model} gives one vector a text; --for, --pool and --precision are of late interaction")
+    write, more = (encode_tokens_file, made.late()) if late else (encode_file, {})
     with Display("encode") as progress:
         rows = write(
             model,
-            source,
-            output,
-            column=column or None,
-            as_column=kind,
-            task=task or None,
+            made.input,
+            made.output,
+            column=made.column or None,
+            as_column=made.kind,
+            task=made.task or None,
             mesh=mesh,
             progress=progress,
-            **chosen,
+            **more,
         )
-    print(f"{output}: {rows} {'texts, a vector a token' if late else 'vectors'}")
+    print(f"{made.output}: {rows} {'texts, a vector a token' if late else 'vectors'}")
 
 
 def search(arguments: Sequence[str]) -> None:
     """search MODEL --corpus FILE | --images FOLDER QUERY | --like PICTURE"""
+    from embedjax.search import arguments as reading
 
-    def command(
-        model: tyro.conf.Positional[str],
-        query: tyro.conf.Positional[str] = "",
-        corpus: str = "",
-        images: str = "",
-        like: str = "",
-        column: str = "",
-        k: int = 5,
-        task: str = "",
-        pool: int = 1,
-        precision: Precision = "float32",
-        first: str = "",
-        candidates: int = 100,
-        html: str = "",
-    ) -> tuple:
-        """Prints the texts or pictures nearest to a text or picture; by late interaction also which tokens matched.
-
-        Args:
-            model: Run folder, exported folder, Hugging Face or sentence-transformers folder, or hub id.
-            query: What to look for, in words.
-            corpus: File of texts (.txt, .jsonl, .csv, .tsv, .parquet), or a folder whose Python functions are the texts.
-            images: Folder of pictures, at any depth; or a table or .tar archives of them. Those that cannot be decoded are
-                passed over.
-            like: A picture to look for, instead of words.
-            column: Column of the texts or pictures (default: "text" or "image", or the only one).
-            k: How many to print.
-            task: Name of one of the model's prompts, of one of its adapters, or of both, as `encode` has it.
-            pool: Late interaction: keep one vector for so many tokens of a text.
-            precision: Late interaction: what the numbers of the texts' vectors are kept as.
-            first: Late interaction: score the candidates of a first stage alone: bm25, tokens (the texts of the tokens nearest
-                to the query's), or a MODEL of one vector a text.
-            candidates: How many --first finds, of tokens for each token of the query.
-            html: File to write a page to that shows which tokens matched.
-        """
-        return model, query, corpus, images, like, column, k, task, (pool, precision, first, candidates), html
-
-    name, query, path, images, like, column, k, task, how, html = parse(command, arguments, prog="embedjax search")
-    if bool(path) == bool(images):
-        raise ConfigError("search looks in texts (--corpus FILE) or in pictures (--images FOLDER): name one of them")
-    if bool(query) == bool(like):
-        raise ConfigError('search looks for a text or a picture: embedjax search MODEL ... "words", or --like PICTURE')
+    made = reading.parse(arguments)
     from embedjax import search as finder
     from embedjax.config import Mesh
     from embedjax.data.files import cache_folder
@@ -233,21 +148,28 @@ def search(arguments: Sequence[str]) -> None:
     from embedjax.load import load
     from embedjax.sharding import make_mesh
 
-    model, (pool, precision, first, candidates) = load(name), how
-    if html and not model.config.late:
-        raise ConfigError(f"--html shows which tokens matched; {name} has one vector a text")
-    how = finder.How(pool, precision, first if first in ("", "bm25", "tokens") else load(first), candidates)
-    corpus = finder.open_gallery(images, column or None) if images else finder.open_corpus(path, column or None)
+    model, column = load(made.model), made.column or None
+    if made.html and not model.config.late:
+        raise ConfigError(f"--html shows which tokens matched; {made.model} has one vector a text")
+    first = made.first if made.first in ("", "bm25", "tokens") else load(made.first)
+    how = finder.How(made.pool, made.precision, first, made.candidates)
+    corpus = finder.open_gallery(made.images, column) if made.images else finder.open_corpus(made.corpus, column)
     with Display("encode the corpus") as progress:
-        mesh = make_mesh(Mesh())
-        cache = cache_folder("search")
         hits = finder.search(
-            model, corpus, query or Path(like), k, how=how, task=task or None, mesh=mesh, cache=cache, progress=progress
+            model,
+            corpus,
+            made.query or Path(made.like),
+            made.k,
+            how=how,
+            task=made.task or None,
+            mesh=make_mesh(Mesh()),
+            cache=cache_folder("search"),
+            progress=progress,
         )
     finder.show(hits)
-    if html:
-        Path(html).write_text(finder.page(query, hits), encoding="utf-8")
-        print(f"{html}: the same with what matched")
+    if made.html:
+        Path(made.html).write_text(finder.page(made.query, hits), encoding="utf-8")
+        print(f"{made.html}: the same with what matched")
 
 
 def mine(arguments: Sequence[str]) -> None:
