@@ -20,7 +20,7 @@ TYPES: dict[Precision, type[np.generic]] = {
 
 Vectors = Float[np.ndarray, "N E"]
 Ranges = Float[np.ndarray, "2 E"]
-Codes = np.ndarray  # [N bytes_of(E) / size of a code]
+Codes = np.ndarray  # [N count_of(E)]
 
 
 def in_ranges(precision: Precision) -> bool:
@@ -96,11 +96,6 @@ def dequantize(codes: Codes, precision: Precision, width: int, ranges: Ranges | 
 def count_of(precision: Precision, width: int) -> int:
     """Codes of a vector of `width` numbers."""
     return -(-width // 8) if in_bits(precision) else width
-
-
-def bytes_of(precision: Precision, width: int) -> int:
-    """Bytes of a vector of `width` numbers."""
-    return count_of(precision, width) * np.dtype(TYPES[precision]).itemsize
 
 
 def _steps(ranges: Ranges) -> Float[np.ndarray, " E"]:

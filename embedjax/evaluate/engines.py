@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from embedjax import quantize
 from embedjax.config.errors import ConfigError
 from embedjax.data.sources import BadRow, Source
 from embedjax.evaluate.rows import column_of, key_at
@@ -100,7 +101,7 @@ def qdrant_id(id: str) -> int | str:
 
 def vespa_put(feed: Feed, id: str, fields: dict[str, str], vectors: Float[np.ndarray, "L E"]) -> dict[str, Any]:
     """A put of a document with a tensor<float>(dt{},x[E]), or tensor<int8>(dt{},x[E/8]) of bits, cells in hexadecimal."""
-    cells = np.packbits(vectors > 0, axis=1) if feed.bits else vectors.astype(">f4")  # the first number is the highest bit
+    cells = quantize.quantize(vectors, "ubinary") if feed.bits else vectors.astype(">f4")
     tensor = {str(n): row.tobytes().hex().upper() for n, row in enumerate(cells)}
     clean = {name: ILLEGAL.sub(" ", text) for name, text in fields.items()}
     return {"put": f"id:{feed.doctype}:{feed.doctype}::{id}", "fields": {**clean, feed.field: tensor}}

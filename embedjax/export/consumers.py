@@ -16,6 +16,7 @@ from embedjax.config.errors import ConfigError
 from embedjax.data.image import decode
 from embedjax.evaluate.encode import encode
 from embedjax.evaluate.late import encode_tokens
+from embedjax.evaluate.tasks.side import unit
 from embedjax.load import Model, load, make_images
 from embedjax.models import layout, open_clip, pictures
 
@@ -215,8 +216,7 @@ def _installed(package: str) -> bool:
 def _batched(items: Sequence[Any], ask: Callable[[Sequence[Any]], Any]) -> np.ndarray:
     """Vectors of length 1, of torch's."""
     found = [ask(items[start : start + BATCH]) for start in range(0, len(items), BATCH)]
-    rows = np.concatenate([getattr(x, "pooler_output", x).numpy() for x in found])
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return unit(np.concatenate([getattr(x, "pooler_output", x).numpy() for x in found]))
 
 
 Reader = Callable[[Path, Tried, Vectors], float | str]
