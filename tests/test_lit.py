@@ -18,8 +18,8 @@ from embedjax.sharding import path_of
 from embedjax.train import train
 
 HEAD = (config.Dense(16, bias=False, activation="identity"),)
-VIT = config.Vit(image=16, patch=4, width=32, depth=3, heads=2, mlp=64)
-BERT = config.Bert(vocab_size=96, width=32, depth=3, heads=2, mlp=64, positions=16)
+VIT = config.Vit(image=16, patch=4, width=32, depth=2, heads=2, mlp=64)
+BERT = config.Bert(vocab_size=96, width=32, depth=1, heads=2, mlp=64, positions=16)
 SYMMETRIC = config.MultipleNegatives(directions=("q2d", "d2q"), partition="per_direction", scale=1 / 0.07, learn_scale=True)
 
 
@@ -84,18 +84,19 @@ def test_a_tower_that_stands_still_has_no_optimiser_state_and_no_backward_pass(c
         parts, cost = compiled(make(freeze=(f"^towers/{name}/",), cached=cached))
         assert trained(parts) == {path for path in trained(whole) if not path.startswith(f"towers/{name}/")}
         assert set(parts.constants["towers"]) == {name} and set(parts.abstract.params["towers"]) == {other}
-        # A backward pass is two forward passes, but for the gradient by the pixels or ids, and Adam's few.
-        assert 1.6 * forward(name) < most - cost < 2.6 * forward(name)
+        # A backward pass is two forward passes, but for the gradient by the pixels or ids, and Adam's few. XLA counts the body
+        # of a loop once: with two chunks half the rows' backward pass, and half their forward pass again.
+        least = {1: 2.0, 2: 1.5}[cached]
+        assert 0.8 * least * forward(name) < most - cost < 2.6 * forward(name)
 
 
-@pytest.mark.parametrize("freeze_layers", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_the_upper_layers_of_a_tower_may_be_unlocked(freeze_layers, shards, tmp_path):
-    image = config.ImageTower(VIT, dense=HEAD, freeze_layers=freeze_layers)
+def test_the_upper_layers_of_a_tower_may_be_unlocked(shards, tmp_path):
+    image = config.ImageTower(VIT, dense=HEAD, freeze_layers=1)
     parts, cost = compiled(make(image=image))
     _, most = compiled(make())
     under = {"class/embedding", "patches/kernel", "patches/bias", "positions/embedding"}
     assert {f"towers/image/encoder/{path}" for path in under} & trained(parts) == set()
-    assert most - cost > 1.6 * forward("image") * freeze_layers / 3 * 0.8
+    assert most - cost > 1.6 * forward("image") / 2 * 0.8
     made = make(shards, image=image, weight_decay=0.1)
     before = start(made, tmp_path / "start")
     train(made, tmp_path / "run")
@@ -105,9 +106,9 @@ def test_the_upper_layers_of_a_tower_may_be_unlocked(freeze_layers, shards, tmp_
         for part in path.split("/"):
             new = new[part]
         if path.startswith("blocks/"):
-            np.testing.assert_array_equal(new[:freeze_layers], x[:freeze_layers], err_msg=path)
+            np.testing.assert_array_equal(new[:1], x[:1], err_msg=path)
             if path.endswith("kernel"):
-                assert all(np.any(a != b) for a, b in zip(new[freeze_layers:], x[freeze_layers:], strict=True)), path
+                assert all(np.any(a != b) for a, b in zip(new[1:], x[1:], strict=True)), path
         else:
             assert np.array_equal(new, x) == (path in under), path
 

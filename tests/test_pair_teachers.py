@@ -142,11 +142,9 @@ def test_the_value_and_gradient_of_the_formula():
 
 
 FEW = {
-    ("scores", 2, 1),
     ("scores", 2, 4),
     ("scores, prefixes", 1, 8),
-    ("with the contrastive loss", 2, 2),
-    ("own candidates", 2, 8),
+    ("own candidates", 2, 2),
 }
 # Each loss on every number of devices, whole or in chunks in turn.
 TABLE = {(name, 2 if n == 1 else 1 + (i + j) % 2, n) for i, name in enumerate(LOSSES) for j, n in enumerate((1, 2, 4, 8))}

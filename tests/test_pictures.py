@@ -77,7 +77,7 @@ def one_device(monkeypatch):
 def config(captioned, pairs):
     head = (c.Dense(16, bias=False, activation="identity"),)
     image = c.ImageTower(
-        c.Vit(image=16, patch=4, width=16, depth=2, heads=2, mlp=32, patch_dropout=0.25, dropout=0.1),
+        c.Vit(image=16, patch=4, width=16, depth=1, heads=2, mlp=32, patch_dropout=0.25, dropout=0.1),
         dense=head,
         augment=c.Augment(area=(0.7, 1.0), brightness=0.2, grey=0.1),
     )

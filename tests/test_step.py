@@ -80,7 +80,7 @@ def plain():
     return run(task(), batch())
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize(("data", "fsdp"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_same_step_on_every_mesh_with_dropout(plain, data, fsdp):
     state, metrics, _ = run(task(), batch(), mesh=mesh_of(data, fsdp))
     np.testing.assert_allclose(metrics["loss"], plain[1]["loss"], rtol=1e-6)

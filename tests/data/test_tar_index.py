@@ -108,8 +108,7 @@ def test_the_hash_of_an_archive_is_of_its_names_and_sizes(cache, tmp_path):
 def test_every_kind_of_source_has_a_manifest(tmp_path):
     (tmp_path / "a.png").write_bytes(b"x")
     archive(tmp_path / "a.tar", 2)
-    kinds = [config.Functions(split="test", limit=50), config.Glyphs(limit=5), config.Pictures(str(tmp_path))]
-    for source in (*kinds, config.Tar(str(tmp_path / "a.tar"))):
+    for source in (config.Glyphs(limit=5), config.Pictures(str(tmp_path)), config.Tar(str(tmp_path / "a.tar"))):
         told = manifest(open_source(source))
         assert told and manifest(open_source(source), told) == told and all(len(row["sha256"]) == 64 for row in told)
 
