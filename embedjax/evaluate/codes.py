@@ -1,0 +1,236 @@
+"""Exact search over vectors that are stored as codes: half floats, bytes in ranges, bits of signs, or as they are.
+
+What counts is the product of a float32 query with the vector that the codes stand for (`quantize.dequantize`). Codes are first
+compared as they lie, which is fast: bytes with a query of 8 significant bits, bits with the query's bits by population count.
+The best so found are then scored with the float32 query, and a bound on the error tells of which queries others could be as
+good: these are searched for again with nothing rounded. Knows nothing of texts, models and files.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh as DeviceMesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from embedjax import quantize, sharding
+from embedjax.config import Precision
+from embedjax.config.errors import ConfigError
+from embedjax.evaluate import retrieval
+
+# How many are scored again with nothing rounded, for each that is asked for, and at least.
+AGAIN, FEWEST = 4, 32
+# Numbers of dequantized vectors that are scored at a time, and vectors that are quantized at a time.
+NUMBERS = 1 << 24
+QUANTIZED_ROWS = 65536
+
+Found = tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]
+"""Scores, highest first, and row numbers."""
+
+
+class Some(Protocol):
+    """Vectors [N D] of which any rows may be taken: an array, a memory-mapped file, codes."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, at, /) -> Float[np.ndarray, "n D"]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Coded:
+    """N vectors of `width` numbers as codes, which may be a memory-mapped file. Rows of it are float32 vectors again, made as
+    they are asked for."""
+
+    codes: quantize.Codes
+    precision: Precision
+    width: int
+    ranges: quantize.Ranges | None = None
+
+    def __post_init__(self):
+        self[:0]  # raises ConfigError for codes of another type or width, and for ranges that do not fit
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, at: slice | Int[np.ndarray, " n"]) -> Float[np.ndarray, "n D"]:
+        return quantize.dequantize(np.asarray(self.codes[at]), self.precision, self.width, self.ranges)
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes
+
+
+class Placed(NamedTuple):
+    """Codes whose tiles lie on the devices of a mesh, for any number of searches (`place`)."""
+
+    coded: Coded
+    mesh: DeviceMesh
+    tiles: list[tuple[int, Array]]
+    longest: float
+    """Length of the longest vector, where codes are floats."""
+
+
+def coded(vectors: Some, precision: Precision, ranges: quantize.Ranges | None = None) -> Coded:
+    """The codes of vectors, some of them at a time; without ranges, those of the vectors themselves are taken. Raises as
+    `quantize` does."""
+    starts = range(0, max(1, len(vectors)), QUANTIZED_ROWS)
+    read = lambda at: np.asarray(vectors[at : at + QUANTIZED_ROWS], np.float32)
+    if quantize.in_ranges(precision) and ranges is None:
+        ends = np.concatenate([quantize.ranges_of(read(at)) for at in starts])
+        ranges = np.stack([ends.min(0), ends.max(0)])
+    parts = [quantize.quantize(read(at), precision, ranges) for at in starts]
+    return Coded(np.concatenate(parts), precision, read(0).shape[1], ranges)
+
+
+def place(documents: Coded, *, mesh: DeviceMesh | None = None, block: int | None = None) -> Placed:
+    """Puts the codes on the devices once, as they are searched: bytes or bits as they are, floats as bfloat16."""
+    mesh = mesh or retrieval.one_device()
+    starts = range(0, len(documents), QUANTIZED_ROWS)
+    floats = documents.precision in FLOATS
+    norms = [np.linalg.norm(documents[at : at + QUANTIZED_ROWS], axis=1).max() for at in starts] if floats else []
+    return Placed(documents, mesh, list(_tiles(documents, mesh, block)), float(max(norms, default=0)))
+
+
+def search(
+    queries: Float[np.ndarray, "Q D"],
+    documents: Coded | Placed,
+    k: int,
+    *,
+    mesh: DeviceMesh | None = None,
+    block: int | None = None,
+    query_block: int = 256,
+) -> Found:
+    """Scores (float32, highest first) and row numbers of each query's min(k, N) best documents.
+
+    A score is the product of the float32 query with the vector that the codes stand for; of binary and ubinary that of the two
+    vectors of signs, 1 - 2 h / D where h is the Hamming distance of the bits. Equal scores come in the order of their row
+    numbers; the products are summed up in another order than by `topk`, so that scores which are equal but for rounding may
+    change places. Codes are read `block` rows a device at a time, and at the end those of a few rows again. Raises ConfigError
+    for queries of another width.
+    """
+    placed = documents if isinstance(documents, Placed) else None
+    documents = documents.coded if isinstance(documents, Placed) else documents
+    if queries.ndim != 2 or queries.shape[1] != documents.width:
+        raise ConfigError(f"queries are {list(queries.shape)}; the documents' vectors have {documents.width} numbers")
+    queries = np.asarray(queries, np.float32)
+    mesh = placed.mesh if placed else mesh or retrieval.one_device()
+    tiles = placed.tiles if placed else _tiles(documents, mesh, block)
+    scan = functools.partial(retrieval.scan, tiles=tiles, total=len(documents), mesh=mesh, axis=1, query_block=query_block)
+    if quantize.in_bits(documents.precision):
+        bits = quantize.quantize(queries, "ubinary")
+        distances, rows = scan(_words(bits), score=minus_hamming, k=k)
+        return 1 + distances * np.float32(2 / documents.width), rows
+    if documents.precision in FLOATS and not placed:  # read once, nothing is won by rounding them first
+        return retrieval.topk(queries, documents, k, mesh=mesh, block=block, query_block=query_block)
+    weights, offsets, error = _rounded(queries, documents, placed.longest if placed else 0)
+    found, rows = scan(weights, score=rough_product, k=max(AGAIN * k, FEWEST))
+    scores, best = rescore(queries, documents, rows, k)
+    if rows.shape[1] < len(documents):
+        open_ = np.flatnonzero(found[:, -1] + offsets + error >= scores[:, -1])
+        if len(open_):
+            again = retrieval.topk(queries[open_], documents, k, mesh=mesh, block=block, query_block=query_block)
+            scores[open_], best[open_] = again
+    return scores, best
+
+
+def rescore(queries: Float[np.ndarray, "Q D"], documents: Some, rows: Int[np.ndarray, "Q S"], k: int) -> Found:
+    """The k best of a shortlist by the product of query and document in float32, highest first; equal scores in the order of
+    their row numbers. Row -1 stands for none and gets -inf. Documents are read for a few queries at a time."""
+    k = min(k, rows.shape[1])
+    scores, best = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int32)
+    step = max(1, NUMBERS // max(1, rows.shape[1] * queries.shape[1]))
+    for at in range(0, len(rows), step):
+        some = np.sort(rows[at : at + step], axis=1)
+        vectors = np.asarray(documents[np.maximum(some, 0).reshape(-1)], np.float32).reshape(*some.shape, queries.shape[1])
+        # einsum without a matrix product: one order of summing for all rows, so that equal documents get equal scores.
+        found = np.einsum("qsd,qd->qs", vectors, np.asarray(queries[at : at + step], np.float32))
+        found[some < 0] = -np.inf
+        order = np.argsort(-found, axis=1, kind="stable")[:, :k]
+        scores[at : at + step] = np.take_along_axis(found, order, 1)
+        best[at : at + step] = np.take_along_axis(some, order, 1)
+    return scores, best
+
+
+def rescored(
+    queries: Float[np.ndarray, "Q D"],
+    documents: Coded | Placed,
+    k: int,
+    *,
+    vectors: Some | None = None,
+    multiplier: int = AGAIN,
+    mesh: DeviceMesh | None = None,
+) -> Found:
+    """`search` for `multiplier` times k, and the k best of these by the float32 query: with `vectors`, such as a memory-mapped
+    file of float32, or else with what the codes stand for, of bits the vectors of signs."""
+    if multiplier < 1:
+        raise ConfigError(f"{multiplier} times as many are to be scored again; it must be at least 1")
+    _, rows = search(queries, documents, multiplier * k, mesh=mesh)
+    stand_for = documents.coded if isinstance(documents, Placed) else documents
+    return rescore(queries, stand_for if vectors is None else vectors, rows, min(k, len(stand_for)))
+
+
+FLOATS = ("float32", "float16")
+
+
+def minus_hamming(queries: Int[Array, "Q W"], documents: Int[Array, "W n"]) -> Float[Array, "Q n"]:
+    """Bits that differ, less than 0: integers, in float32 since `lax.top_k` of integers takes a hundred times as long on a CPU.
+    Words lie one after the other, so that a word of many documents is compared at a time."""
+    differing = sum(lax.population_count(queries[:, w, None] ^ documents[w][None]) for w in range(documents.shape[0]))
+    return -jnp.asarray(differing).astype(jnp.float32)
+
+
+def rough_product(queries: Float[Array, "Q D"], documents: Array) -> Float[Array, "Q n"]:
+    """Products with tiles [D n] of bytes or bfloat16, queries rounded to bfloat16: each product is exact in the float32 sum."""
+    return jnp.matmul(queries.astype(jnp.bfloat16), documents.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+
+
+def _rounded(queries: Float[np.ndarray, "Q D"], documents: Coded, longest: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries for `rough_product`, what its scores lack to be those of the vectors, and how far off they may then be.
+
+    Of bytes c - 128 ... 127 with weights w = query x step, |w - round(w)| x 128 summed up; of floats by Cauchy-Schwarz, where
+    rounding to bfloat16 takes at most 2^-8 of a number. Summing D products in float32 takes less than D 2^-22 of their sizes.
+    """
+    weights, offsets = queries, np.zeros(len(queries))
+    if documents.ranges is not None:
+        step = (documents.ranges[1] - documents.ranges[0]) / np.float32(255)
+        scale = np.where(step == 0, np.float32(1), step)
+        weights = queries * scale
+        middles = documents.ranges[0] + (128 + np.where(step == 0, 0, 0.5)) * scale.astype(np.float64)
+        offsets = queries.astype(np.float64) @ middles
+    off = weights - weights.astype(jnp.bfloat16).astype(np.float32)
+    slack = documents.width * 2.0**-22
+    if documents.ranges is not None:
+        sizes = np.abs(queries.astype(np.float64)) @ np.abs(documents.ranges).max(0)
+        return weights, offsets, 128 * (np.abs(off).sum(1) + slack * np.abs(weights).sum(1)) + slack * sizes
+    lengths = np.linalg.norm(queries, axis=1)
+    return weights, offsets, longest * (np.linalg.norm(off, axis=1) + (2.0**-8 + slack) * lengths)
+
+
+def _tiles(documents: Coded, mesh: DeviceMesh, block: int | None) -> Iterator[tuple[int, Array]]:
+    """(first row's number, tile [D n] or [W n]), split over the mesh along its rows."""
+    size = retrieval.rows_at_once(len(documents), mesh, block)
+    rows, turn = sharding.rows(mesh), _turned(mesh, documents.precision in FLOATS)
+    for at in range(0, len(documents), size):
+        part = retrieval.padded(documents.codes, at, size)
+        if documents.precision in ("binary", "uint8"):
+            part = (part.view(np.uint8) ^ np.uint8(0x80)).view(np.int8 if documents.precision == "uint8" else np.uint8)
+        yield at, turn(retrieval.put(_words(part) if quantize.in_bits(documents.precision) else part, rows))
+
+
+def _words(bits: np.ndarray) -> np.ndarray:
+    """Bytes [N B] as words [N W] of 32 bits, filled up with zeros."""
+    return np.ascontiguousarray(np.pad(bits, ((0, 0), (0, -bits.shape[1] % 4)))).view(np.uint32)
+
+
+@functools.lru_cache(maxsize=8)
+def _turned(mesh: DeviceMesh, floats: bool) -> Callable[[Array], Array]:
+    """[n D] -> [D n], each device's rows where they are. On a CPU this is the order in which products of bfloat16 are fast."""
+    turn = lambda tile: (tile.astype(jnp.bfloat16) if floats else tile).T
+    return jax.jit(turn, out_shardings=NamedSharding(mesh, P(None, sharding.BATCH_AXES)))
