@@ -54,7 +54,11 @@ class Coded:
     ranges: quantize.Ranges | None = None
 
     def __post_init__(self):
-        self[:0]  # raises ConfigError for codes of another type or width, and for ranges that do not fit
+        count = quantize.count_of(self.precision, self.width)
+        if self.codes.ndim != 2 or self.codes.shape[1] != count:
+            found = f"{list(self.codes.shape)} of {self.codes.dtype}"
+            raise ConfigError(f"codes of {self.precision} of {self.width} numbers are [N {count}]; these are {found}")
+        self[:0]  # raises ConfigError for codes of another type, and for ranges that do not fit
 
     def __len__(self) -> int:
         return len(self.codes)
