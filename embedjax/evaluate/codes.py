@@ -30,6 +30,7 @@ AGAIN, FEWEST = 4, 32
 # Numbers of dequantized vectors that are scored at a time, and vectors that are quantized at a time.
 NUMBERS = 1 << 24
 QUANTIZED_ROWS = 65536
+FLOATS = ("float32", "float16")
 
 Found = tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]
 """Scores, highest first, and row numbers."""
@@ -84,22 +85,30 @@ class Placed(NamedTuple):
 def coded(vectors: Some, precision: Precision, ranges: quantize.Ranges | None = None) -> Coded:
     """The codes of vectors, some of them at a time; without ranges, those of the vectors themselves are taken. Raises as
     `quantize` does."""
-    starts = range(0, max(1, len(vectors)), QUANTIZED_ROWS)
-    read = lambda at: np.asarray(vectors[at : at + QUANTIZED_ROWS], np.float32)
     if quantize.in_ranges(precision) and ranges is None:
-        ends = np.concatenate([quantize.ranges_of(read(at)) for at in starts])
-        ranges = np.stack([ends.min(0), ends.max(0)])
-    parts = [quantize.quantize(read(at), precision, ranges) for at in starts]
-    return Coded(np.concatenate(parts), precision, read(0).shape[1], ranges)
+        ranges = ranges_over(vectors)
+    parts = [quantize.quantize(part, precision, ranges) for part in _blocks(vectors)]
+    return Coded(np.concatenate(parts), precision, vectors[:0].shape[1], ranges)
+
+
+def ranges_over(vectors: Some) -> quantize.Ranges:
+    """`quantize.ranges_of` vectors that are read some at a time."""
+    ends = np.concatenate([quantize.ranges_of(part) for part in _blocks(vectors)])
+    return np.stack([ends.min(0), ends.max(0)])
+
+
+def _blocks(vectors: Some) -> Iterator[Float[np.ndarray, "n D"]]:
+    """At least one, which may be empty."""
+    for at in range(0, max(1, len(vectors)), QUANTIZED_ROWS):
+        yield np.asarray(vectors[at : at + QUANTIZED_ROWS], np.float32)
 
 
 def place(documents: Coded, *, mesh: DeviceMesh | None = None, block: int | None = None) -> Placed:
     """Puts the codes on the devices once, as they are searched: bytes or bits as they are, floats as bfloat16."""
     mesh = mesh or retrieval.one_device()
-    starts = range(0, len(documents), QUANTIZED_ROWS)
-    floats = documents.precision in FLOATS
-    norms = [np.linalg.norm(documents[at : at + QUANTIZED_ROWS], axis=1).max() for at in starts] if floats else []
-    return Placed(documents, mesh, list(_tiles(documents, mesh, block)), float(max(norms, default=0)))
+    blocks = _blocks(documents) if documents.precision in FLOATS else ()
+    longest = max((float(np.linalg.norm(part, axis=1).max(initial=0)) for part in blocks), default=0.0)
+    return Placed(documents, mesh, list(_tiles(documents, mesh, block)), longest)
 
 
 def search(
@@ -178,9 +187,6 @@ def rescored(
     _, rows = search(queries, documents, multiplier * k, mesh=mesh)
     stand_for = documents.coded if isinstance(documents, Placed) else documents
     return rescore(queries, stand_for if vectors is None else vectors, rows, min(k, len(stand_for)))
-
-
-FLOATS = ("float32", "float16")
 
 
 def minus_hamming(queries: Int[Array, "Q W"], documents: Int[Array, "W n"]) -> Float[Array, "Q n"]:
