@@ -25,8 +25,8 @@ from embedjax.config import Precision
 from embedjax.config.errors import ConfigError
 from embedjax.evaluate import retrieval
 
-# How many are scored again with nothing rounded, for each that is asked for, and at least.
-AGAIN, FEWEST = 4, 32
+# How many more than those asked for, at least, are scored again with nothing rounded; and how many times as many by `rescored`.
+MORE, AGAIN = 32, 4
 # Numbers of dequantized vectors that are scored at a time, and vectors that are quantized at a time.
 NUMBERS = 1 << 24
 QUANTIZED_ROWS = 65536
@@ -128,29 +128,47 @@ def search(
     change places. Codes are read `block` rows a device at a time, and at the end those of a few rows again. Raises ConfigError
     for queries of another width.
     """
-    placed = documents if isinstance(documents, Placed) else None
-    documents = documents.coded if isinstance(documents, Placed) else documents
-    if queries.ndim != 2 or queries.shape[1] != documents.width:
-        raise ConfigError(f"queries are {list(queries.shape)}; the documents' vectors have {documents.width} numbers")
-    queries = np.asarray(queries, np.float32)
-    mesh = placed.mesh if placed else mesh or retrieval.one_device()
-    tiles = placed.tiles if placed else _tiles(documents, mesh, block)
-    scan = functools.partial(retrieval.scan, tiles=tiles, total=len(documents), mesh=mesh, axis=1, query_block=query_block)
-    if quantize.in_bits(documents.precision):
-        bits = quantize.quantize(queries, "ubinary")
-        distances, rows = scan(_words(bits), score=minus_hamming, k=k)
-        return 1 + distances * np.float32(2 / documents.width), rows
-    if documents.precision in FLOATS and not placed:  # read once, nothing is won by rounding them first
-        return retrieval.topk(queries, documents, k, mesh=mesh, block=block, query_block=query_block)
-    weights, offsets, error = _rounded(queries, documents, placed.longest if placed else 0)
-    found, rows = scan(weights, score=rough_product, k=max(AGAIN * k, FEWEST))
-    scores, best = rescore(queries, documents, rows, k)
-    if rows.shape[1] < len(documents):
-        open_ = np.flatnonzero(found[:, -1] + offsets + error >= scores[:, -1])
-        if len(open_):
-            again = retrieval.topk(queries[open_], documents, k, mesh=mesh, block=block, query_block=query_block)
-            scores[open_], best[open_] = again
+    stand_for = documents.coded if isinstance(documents, Placed) else documents
+    options = {"mesh": mesh, "block": block, "query_block": query_block}
+    if not _rounds(documents):
+        return shortlist(queries, documents, k, **options)
+    rough, rows = shortlist(queries, documents, k + max(MORE, k), **options)
+    scores, best = rescore(queries, stand_for, rows, k)
+    if rows.shape[1] < len(stand_for):
+        # None that was left out is better than the last of the shortlist by more than the error.
+        doubtful = np.flatnonzero(rough[:, -1] + _rounded(queries, documents).error >= scores[:, -1])
+        if len(doubtful):
+            scores[doubtful], best[doubtful] = retrieval.topk(queries[doubtful], stand_for, k, **options)
     return scores, best
+
+
+def shortlist(
+    queries: Float[np.ndarray, "Q D"],
+    documents: Coded | Placed,
+    k: int,
+    *,
+    mesh: DeviceMesh | None = None,
+    block: int | None = None,
+    query_block: int = 256,
+) -> Found:
+    """`search` by what is compared first alone: Hamming distances of bits; of bytes, and of floats that are placed, products of
+    numbers rounded to 8 significant bits. At the end of a long list these miss some that are as good as those they find."""
+    placed = documents if isinstance(documents, Placed) else None
+    stand_for = documents.coded if isinstance(documents, Placed) else documents
+    if queries.ndim != 2 or queries.shape[1] != stand_for.width:
+        raise ConfigError(f"queries are {list(queries.shape)}; the documents' vectors have {stand_for.width} numbers")
+    mesh = placed.mesh if placed else mesh or retrieval.one_device()
+    options = {"mesh": mesh, "query_block": query_block}
+    if not placed and stand_for.precision in FLOATS:  # read once, nothing is won by rounding them first
+        return retrieval.topk(queries, stand_for, k, block=block, **options)
+    tiles = placed.tiles if placed else _tiles(stand_for, mesh, block)
+    scan = functools.partial(retrieval.scan, tiles=tiles, k=k, total=len(stand_for), axis=1, **options)
+    if quantize.in_bits(stand_for.precision):
+        minus_distances, rows = scan(words(quantize.quantize(queries, "ubinary")), score=minus_hamming)
+        return 1 + minus_distances * np.float32(2 / stand_for.width), rows
+    rounded = _rounded(queries, documents)
+    products, rows = scan(rounded.weights, score=rough_product)
+    return products + rounded.offsets[:, None].astype(np.float32), rows
 
 
 def rescore(queries: Float[np.ndarray, "Q D"], documents: Some, rows: Int[np.ndarray, "Q S"], k: int) -> Found:
@@ -201,46 +219,60 @@ def rough_product(queries: Float[Array, "Q D"], documents: Array) -> Float[Array
     return jnp.matmul(queries.astype(jnp.bfloat16), documents.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
 
 
-def _rounded(queries: Float[np.ndarray, "Q D"], documents: Coded, longest: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Queries for `rough_product`, what its scores lack to be those of the vectors, and how far off they may then be.
+def _rounds(documents: Coded | Placed) -> bool:
+    """Whether what is compared first are rounded products."""
+    if isinstance(documents, Placed):
+        return not quantize.in_bits(documents.coded.precision)
+    return quantize.in_ranges(documents.precision)
 
-    Of bytes c - 128 ... 127 with weights w = query x step, |w - round(w)| x 128 summed up; of floats by Cauchy-Schwarz, where
-    rounding to bfloat16 takes at most 2^-8 of a number. Summing D products in float32 takes less than D 2^-22 of their sizes.
-    """
-    weights, offsets = queries, np.zeros(len(queries))
-    if documents.ranges is not None:
-        step = (documents.ranges[1] - documents.ranges[0]) / np.float32(255)
-        scale = np.where(step == 0, np.float32(1), step)
-        weights = queries * scale
-        middles = documents.ranges[0] + (128 + np.where(step == 0, 0, 0.5)) * scale.astype(np.float64)
-        offsets = queries.astype(np.float64) @ middles
+
+class _Rounded(NamedTuple):
+    """Queries for `rough_product`, what its scores lack to be those of the vectors, and how far off they may then be."""
+
+    weights: Float[np.ndarray, "Q D"]
+    offsets: Float[np.ndarray, " Q"]
+    error: Float[np.ndarray, " Q"]
+
+
+def _rounded(queries: Float[np.ndarray, "Q D"], documents: Coded | Placed) -> _Rounded:
+    """Of bytes c - 128 ... 127 with weights w = query x step the error is the sum of |w - round(w)| x 128; of floats it follows
+    by Cauchy-Schwarz, where rounding to bfloat16 takes at most 2^-8 of a number. Summing D products in float32 takes less than
+    D 2^-22 of their sizes."""
+    ranges = documents.coded.ranges if isinstance(documents, Placed) else documents.ranges
+    slack = queries.shape[1] * 2.0**-22
+    if ranges is None:
+        assert isinstance(documents, Placed)
+        off = queries - queries.astype(jnp.bfloat16).astype(np.float32)
+        most = np.linalg.norm(off, axis=1) + (2.0**-8 + slack) * np.linalg.norm(queries, axis=1)
+        return _Rounded(queries, np.zeros(len(queries)), documents.longest * most)
+    step = (ranges[1] - ranges[0]) / np.float32(255)
+    scale = np.where(step == 0, np.float32(1), step)
+    middles = ranges[0] + (128 + np.where(step == 0, 0, 0.5)) * scale.astype(np.float64)
+    weights = queries * scale
     off = weights - weights.astype(jnp.bfloat16).astype(np.float32)
-    slack = documents.width * 2.0**-22
-    if documents.ranges is not None:
-        sizes = np.abs(queries.astype(np.float64)) @ np.abs(documents.ranges).max(0)
-        return weights, offsets, 128 * (np.abs(off).sum(1) + slack * np.abs(weights).sum(1)) + slack * sizes
-    lengths = np.linalg.norm(queries, axis=1)
-    return weights, offsets, longest * (np.linalg.norm(off, axis=1) + (2.0**-8 + slack) * lengths)
+    sizes = np.abs(queries).astype(np.float64) @ np.abs(ranges).max(0)
+    error = 128 * (np.abs(off).sum(1) + slack * np.abs(weights).sum(1)) + slack * sizes
+    return _Rounded(weights, queries.astype(np.float64) @ middles, error)
 
 
 def _tiles(documents: Coded, mesh: DeviceMesh, block: int | None) -> Iterator[tuple[int, Array]]:
     """(first row's number, tile [D n] or [W n]), split over the mesh along its rows."""
     size = retrieval.rows_at_once(len(documents), mesh, block)
-    rows, turn = sharding.rows(mesh), _turned(mesh, documents.precision in FLOATS)
+    rows, turn = sharding.rows(mesh), turned(mesh, documents.precision in FLOATS)
     for at in range(0, len(documents), size):
         part = retrieval.padded(documents.codes, at, size)
         if documents.precision in ("binary", "uint8"):
             part = (part.view(np.uint8) ^ np.uint8(0x80)).view(np.int8 if documents.precision == "uint8" else np.uint8)
-        yield at, turn(retrieval.put(_words(part) if quantize.in_bits(documents.precision) else part, rows))
+        yield at, turn(retrieval.put(words(part) if quantize.in_bits(documents.precision) else part, rows))
 
 
-def _words(bits: np.ndarray) -> np.ndarray:
+def words(bits: np.ndarray) -> np.ndarray:
     """Bytes [N B] as words [N W] of 32 bits, filled up with zeros."""
     return np.ascontiguousarray(np.pad(bits, ((0, 0), (0, -bits.shape[1] % 4)))).view(np.uint32)
 
 
 @functools.lru_cache(maxsize=8)
-def _turned(mesh: DeviceMesh, floats: bool) -> Callable[[Array], Array]:
+def turned(mesh: DeviceMesh, floats: bool) -> Callable[[Array], Array]:
     """[n D] -> [D n], each device's rows where they are. On a CPU this is the order in which products of bfloat16 are fast."""
     turn = lambda tile: (tile.astype(jnp.bfloat16) if floats else tile).T
     return jax.jit(turn, out_shardings=NamedSharding(mesh, P(None, sharding.BATCH_AXES)))

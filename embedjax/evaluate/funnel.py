@@ -121,9 +121,10 @@ def funnel(
 ) -> Found:
     """Scores (float32, highest first) and row numbers of each query's min(k, N) best documents by the last stage.
 
-    The first stage searches all documents (`codes.search`, of bits by Hamming distance); the others score the shortlist before
-    them by the float32 query and the vectors that their codes stand for; bits alone are searched and then scored so
-    (`rescored`). Raises ConfigError for stages that do not go together (`check`) or are not those of the documents.
+    The first stage goes through all documents (`codes.shortlist`, of bits by Hamming distance); the others score the shortlist
+    before them by the float32 query and the vectors that their codes stand for. A stage alone is a search (`codes.search`), of
+    bits with the best scored so (`codes.rescored`). Raises ConfigError for stages that do not go together (`check`) or are not
+    those of the documents.
     """
     check(stages, queries.shape[1], k)
     each = [part.coded if isinstance(part, Placed) else part for part in documents]
@@ -132,7 +133,9 @@ def funnel(
     asked = prefix(queries, stages[0].dim)
     if len(stages) == 1 and quantize.in_bits(stages[0].precision):
         return codes.rescored(asked, documents[0], k, mesh=mesh)
-    scores, rows = codes.search(asked, documents[0], stages[0].shortlist or k, mesh=mesh)
+    if len(stages) == 1:
+        return codes.search(asked, documents[0], k, mesh=mesh)
+    scores, rows = codes.shortlist(asked, documents[0], stages[0].shortlist, mesh=mesh)
     for stage, part in zip(stages[1:], each[1:], strict=True):
         scores, rows = codes.rescore(prefix(queries, stage.dim), part, rows, stage.shortlist or k)
     return scores, rows

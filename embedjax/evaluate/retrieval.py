@@ -18,11 +18,12 @@ from jaxtyping import Array, Float, Int
 
 from embedjax import config, sharding
 
-# Rows of a group whose maximum is looked at first; a power of two.
+# Rows of a group whose maximum is looked at first, a power of 8; numbers that are few enough to be looked at one by one.
 GROUP = 64
-# Rows of a tile on a device: the scores of 256 queries with them should stay in a CPU's cache. With 65,536 a search takes 1.2
-# times as long there, and on an accelerator each call is worth more work.
-ROWS = {"cpu": 16384}
+ENOUGH = 4096
+# Rows of a tile on a device. On a CPU the scores of 256 queries with 16,384 rows stay in its cache, and the products of float32
+# take 0.8 of their time with 65,536; but the best of each tile take their time too, and more than FEW of them more than that.
+ROWS, FEW = {"cpu": 16384}, 32
 MOST_ROWS = 65536
 
 Scores = Callable[[Array, Array], Array]
@@ -53,6 +54,7 @@ def topk(
     must be finite.
     """
     mesh = mesh or one_device()
+    block = block or (ROWS.get(mesh.devices.flat[0].platform) if k <= FEW else None)
     size = rows_at_once(len(corpus), mesh, block)
     read = lambda at: padded(corpus, at, size).astype(np.float32, copy=False)
     tiles = ((at, put(read(at), sharding.rows(mesh))) for at in range(0, len(corpus), size))
@@ -96,17 +98,18 @@ def product(queries: Float[Array, "Q D"], documents: Float[Array, "n D"]) -> Flo
     return jnp.matmul(queries, documents.T, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-def two_level(scores: Float[Array, "Q N"], k: int) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
-    """`lax.top_k` by way of the groups with the k highest maxima, in which all of the k best must be. N divides by GROUP."""
-    groups = scores.shape[1] // GROUP
+def by_groups(scores: Float[Array, "Q N"], k: int, group: int = GROUP) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
+    """`lax.top_k` by way of the groups with the k highest maxima, in which all of the k best must be; if these are many, by
+    smaller groups of them again, since `lax.top_k` takes long to look at a number. N divides by `group`."""
+    groups = scores.shape[1] // group
     if k >= groups:
         return lax.top_k(scores, k)
-    grouped = scores.reshape(scores.shape[0], groups, GROUP)
+    grouped = scores.reshape(scores.shape[0], groups, group)
     _, chosen = lax.top_k(grouped.max(-1), k)
     chosen = jnp.sort(chosen, axis=1)  # in the order of rows, since equal scores must stay in it
-    inside = jnp.take_along_axis(grouped, chosen[..., None], axis=1).reshape(scores.shape[0], k * GROUP)
-    values, at = lax.top_k(inside, k)
-    return values, jnp.take_along_axis(chosen, at // GROUP, axis=1) * GROUP + at % GROUP
+    inside = jnp.take_along_axis(grouped, chosen[..., None], axis=1).reshape(scores.shape[0], k * group)
+    values, at = by_groups(inside, k, group // 8) if k * group > ENOUGH else lax.top_k(inside, k)
+    return values, jnp.take_along_axis(chosen, at // group, axis=1) * group + at % group
 
 
 @functools.lru_cache(maxsize=32)
@@ -119,7 +122,7 @@ def _step(mesh: DeviceMesh, score: Scores, axis: int, k: int) -> Callable:
         scores = score(queries, documents)
         scores = jnp.where(scores == 0, 0.0, scores)  # top_k puts -0 below 0
         here = jnp.arange(rows, dtype=jnp.int32) + first < total
-        values, ids = two_level(jnp.where(here[None], scores, -jnp.inf), min(k, rows))
+        values, ids = by_groups(jnp.where(here[None], scores, -jnp.inf), min(k, rows))
         return values, ids + first
 
     across = P(None, sharding.BATCH_AXES)
@@ -141,10 +144,9 @@ def one_device() -> DeviceMesh:
     return sharding.make_mesh(config.Mesh(), jax.local_devices()[:1])
 
 
-def rows_at_once(total: int, mesh: DeviceMesh, block: int | None) -> int:
+def rows_at_once(total: int, mesh: DeviceMesh, block: int | None = None) -> int:
     """Rows of a tile over all devices, each with the same number of whole groups."""
-    block = block or ROWS.get(mesh.devices.flat[0].platform, MOST_ROWS)
-    each = min(block, max(1, -(-total // mesh.size)))
+    each = min(block or MOST_ROWS, max(1, -(-total // mesh.size)))
     return -(-each // GROUP) * GROUP * mesh.size
 
 

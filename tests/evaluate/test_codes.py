@@ -83,7 +83,7 @@ def test_rounded_products_are_within_their_bound(vectors, precision, scale):
     queries = unit(0, 40) * scale
     documents = stored(vectors, precision)
     placed = codes.place(documents)
-    weights, offsets, error = codes._rounded(queries, documents, placed.longest)
+    weights, offsets, error = codes._rounded(queries, placed)
     ((_, tile),) = placed.tiles
     rough = np.asarray(codes.rough_product(weights, tile))[:, :ROWS] + offsets[:, None]
     off = np.abs(rough - queries.astype(np.float64) @ documents[:].T.astype(np.float64)).max(1)
