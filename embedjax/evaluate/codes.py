@@ -27,6 +27,8 @@ from embedjax.evaluate import retrieval
 
 # How many more than those asked for, at least, are scored again with nothing rounded; and how many times as many by `rescored`.
 MORE, AGAIN = 32, 4
+# Queries that are searched for again are filled up to a multiple of this, or each number of them would be compiled.
+FILLED = 32
 # Numbers of dequantized vectors that are scored at a time, and vectors that are quantized at a time.
 NUMBERS = 1 << 24
 QUANTIZED_ROWS = 65536
@@ -138,7 +140,9 @@ def search(
         # None that was left out is better than the last of the shortlist by more than the error.
         doubtful = np.flatnonzero(rough[:, -1] + _rounded(queries, documents).error >= scores[:, -1])
         if len(doubtful):
-            scores[doubtful], best[doubtful] = retrieval.topk(queries[doubtful], stand_for, k, **options)
+            asked = np.pad(queries[doubtful], ((0, -len(doubtful) % FILLED), (0, 0)))
+            again = retrieval.topk(asked, stand_for, k, **options)
+            scores[doubtful], best[doubtful] = (found[: len(doubtful)] for found in again)
     return scores, best
 
 
@@ -236,14 +240,14 @@ class _Rounded(NamedTuple):
 
 def _rounded(queries: Float[np.ndarray, "Q D"], documents: Coded | Placed) -> _Rounded:
     """Of bytes c - 128 ... 127 with weights w = query x step the error is the sum of |w - round(w)| x 128; of floats it follows
-    by Cauchy-Schwarz, where rounding to bfloat16 takes at most 2^-8 of a number. Summing D products in float32 takes less than
+    by Cauchy-Schwarz, where rounding to bfloat16 takes at most 2^-9 of a number. Summing D products in float32 takes less than
     D 2^-22 of their sizes."""
     ranges = documents.coded.ranges if isinstance(documents, Placed) else documents.ranges
     slack = queries.shape[1] * 2.0**-22
     if ranges is None:
         assert isinstance(documents, Placed)
         off = queries - queries.astype(jnp.bfloat16).astype(np.float32)
-        most = np.linalg.norm(off, axis=1) + (2.0**-8 + slack) * np.linalg.norm(queries, axis=1)
+        most = np.linalg.norm(off, axis=1) + (1.01 * 2.0**-9 + slack) * np.linalg.norm(queries, axis=1)
         return _Rounded(queries, np.zeros(len(queries)), documents.longest * most)
     step = (ranges[1] - ranges[0]) / np.float32(255)
     scale = np.where(step == 0, np.float32(1), step)

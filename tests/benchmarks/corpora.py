@@ -207,7 +207,7 @@ def wikipedia(words: int = 20) -> Iterator[str]:
                     yield text
 
 
-def glosses() -> list[str]:
+def glosses() -> list[tuple[str, str]]:
     """The words of each of WordNet's senses, and what it says of them."""
     found = []
     with tarfile.open(folder("wordnet30") / "wordnet30_dict.tar.xz") as archive:
@@ -218,7 +218,7 @@ def glosses() -> list[str]:
                     fields, _, gloss = line.partition(" | ")
                     fields = fields.split()
                     words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
-                    found.append(f"{', '.join(words).replace('_', ' ')}: {gloss.strip()}")
+                    found.append((", ".join(words).replace("_", " "), gloss.strip()))
     return found
 
 

@@ -71,7 +71,7 @@ def test_what_rounding_may_hide_is_searched_for_again(precision, monkeypatch):
     placed, asked, plain = codes.place(documents), [], retrieval.topk
     monkeypatch.setattr(retrieval, "topk", lambda q, *rest, **options: asked.append(len(q)) or plain(q, *rest, **options))
     scores, rows = codes.search(queries, placed, 3)
-    assert asked == [1], "the query that is near to many"
+    assert asked == [codes.FILLED], "the query that is near to many"
     wanted = brute(queries, documents, 3)
     np.testing.assert_array_equal(rows, wanted[1])
     np.testing.assert_allclose(scores, wanted[0], atol=2e-6)
