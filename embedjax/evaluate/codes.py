@@ -27,6 +27,9 @@ from embedjax.evaluate import retrieval
 
 # How many more than those asked for, at least, are scored again with nothing rounded; and how many times as many by `rescored`.
 MORE, AGAIN = 32, 4
+# Codes of a tile on a device. The best of a tile take as long for many as for few rows: long lists want large tiles. Scores of
+# 256 queries with one take 256 MB.
+ROWS = 1 << 18
 # Queries that are searched for again are filled up to a multiple of this, or each number of them would be compiled.
 FILLED = 32
 # Numbers of dequantized vectors that are scored at a time, and vectors that are quantized at a time.
@@ -261,7 +264,7 @@ def _rounded(queries: Float[np.ndarray, "Q D"], documents: Coded | Placed) -> _R
 
 def _tiles(documents: Coded, mesh: DeviceMesh, block: int | None) -> Iterator[tuple[int, Array]]:
     """(first row's number, tile [D n] or [W n]), split over the mesh along its rows."""
-    size = retrieval.rows_at_once(len(documents), mesh, block)
+    size = retrieval.rows_at_once(len(documents), mesh, block or ROWS)
     rows, turn = sharding.rows(mesh), turned(mesh, documents.precision in FLOATS)
     for at in range(0, len(documents), size):
         part = retrieval.padded(documents.codes, at, size)

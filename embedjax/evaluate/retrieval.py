@@ -54,8 +54,8 @@ def topk(
     must be finite.
     """
     mesh = mesh or one_device()
-    block = block or (ROWS.get(mesh.devices.flat[0].platform) if k <= FEW else None)
-    size = rows_at_once(len(corpus), mesh, block)
+    usual = ROWS.get(mesh.devices.flat[0].platform, MOST_ROWS) if k <= FEW else MOST_ROWS
+    size = rows_at_once(len(corpus), mesh, block or usual)
     read = lambda at: padded(corpus, at, size).astype(np.float32, copy=False)
     tiles = ((at, put(read(at), sharding.rows(mesh))) for at in range(0, len(corpus), size))
     return scan(np.asarray(queries, np.float32), tiles, product, k, len(corpus), mesh=mesh, query_block=query_block)
@@ -144,9 +144,9 @@ def one_device() -> DeviceMesh:
     return sharding.make_mesh(config.Mesh(), jax.local_devices()[:1])
 
 
-def rows_at_once(total: int, mesh: DeviceMesh, block: int | None = None) -> int:
+def rows_at_once(total: int, mesh: DeviceMesh, block: int) -> int:
     """Rows of a tile over all devices, each with the same number of whole groups."""
-    each = min(block or MOST_ROWS, max(1, -(-total // mesh.size)))
+    each = min(block, max(1, -(-total // mesh.size)))
     return -(-each // GROUP) * GROUP * mesh.size
 
 

@@ -38,7 +38,7 @@ class Training(NamedTuple):
 def trainings() -> dict[str, Training]:
     name = str(corpora.minilm())
     return {
-        "static": Training(c.Tower(c.Static(30522, DIMS[0]), tokenizer=name, max_length=32), 400, 512, 1e-2),
+        "static": Training(c.Tower(c.Static(30522, DIMS[0]), tokenizer=name, max_length=32), 1000, 512, 1e-2),
         "minilm": Training(c.Tower(init=name, max_length=32), 150, 64, 3e-5),
     }
 

@@ -129,7 +129,7 @@ def parts(folder: pathlib.Path, rounds: int) -> None:
 
     queries, vectors = (np.load(folder / f"{name}.npy") for name in ("queries", "vectors"))
     mesh = retrieval.one_device()
-    size = retrieval.rows_at_once(len(vectors), mesh, None)
+    size = retrieval.rows_at_once(len(vectors), mesh, 65536)
     starts = range(0, len(vectors) - size + 1, size)
     asked = {"float32": queries, "int8": queries, "binary": codes.words(np.packbits(queries > 0, axis=1))}
     print(f"| {len(starts) * size} rows, ms | copied | turned | products | and best |\n|---|---|---|---|---|")
