@@ -1,12 +1,13 @@
 """Exact search on this machine's CPU: ours, numpy, FAISS and usearch, the ten nearest of 200,000 vectors to each of 100.
 
-    python tests/benchmarks/search.py [--rows 200000] [--width 384] [--queries 100] [--rounds 9] [--sides all] [--parts]
+    python tests/benchmarks/search.py [--rows 200000] [--width 384] [--queries 100] [--rounds 9] [--parts] [--mapped 4000000]
 
 Vectors of length 1 around 2,000 centres. Every side searches what it was given before (`placed` has the corpus on the device,
 `topk` and `streamed` read it from memory each time) and is a process of its own; their turns alternate, so that a busy machine
 slows all, and the ratios to ours of the same kind are medians over rounds. `found`: what part of the float32 ten is among the
 side's. FAISS SQ8 and our int8 hold places in ranges of each dimension, usearch's i8 is round(127 x). `--parts` tells where ours
-spend their time. Ours and numpy run with tcmalloc if it is there, the others with what they are used with.
+spend their time, `--mapped` what memory a search of so many codes in a file takes, compilation included. Ours and numpy run
+with tcmalloc if it is there, the others with what they are used with.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import pathlib
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 
@@ -163,12 +165,54 @@ def timed(step: Callable, inputs: list, rounds: int) -> tuple[list, list[float]]
     return results, taken[1:]
 
 
+def mapped(folder: pathlib.Path, rows: int, width: int) -> None:
+    """Seconds of a search of codes that lie in a file, and what it takes of memory beside the pages of the file."""
+    from embedjax.evaluate import codes
+
+    rng, block = np.random.default_rng(0), 1 << 18
+    queries = np.load(folder / "queries.npy")
+    ranges = np.stack([np.full(width, -0.2, np.float32), np.full(width, 0.2, np.float32)])
+    for precision in ("int8", "binary"):
+        count = width if precision == "int8" else -(-width // 8)
+        file = folder / f"{precision}.npy"
+        kept = np.lib.format.open_memmap(file, "w+", np.int8, (rows, count))
+        for at in range(0, rows, block):
+            kept[at : at + block] = rng.integers(-128, 128, kept[at : at + block].shape, np.int8)
+        del kept
+        documents = codes.Coded(np.load(file, mmap_mode="r"), precision, width, ranges if precision == "int8" else None)
+        before = anonymous()
+        codes.search(queries, codes.Coded(documents.codes[:block], precision, width, documents.ranges), K)  # compiles
+        seen, ended = [], threading.Event()
+        watch = threading.Thread(target=lambda seen=seen, ended=ended: _watch(seen, ended))
+        watch.start()
+        start = time.perf_counter()
+        codes.search(queries, documents, K)
+        taken = time.perf_counter() - start
+        ended.set()
+        watch.join()
+        told = f"{documents.nbytes / 2**30:.2f} GB in a file, {taken:.2f} s, {max(seen) - before:.2f} GB of memory"
+        print(f"{precision}: {rows} rows, {told}", flush=True)
+        file.unlink()
+
+
+def _watch(seen: list[float], ended: threading.Event) -> None:
+    while not ended.wait(0.005):
+        seen.append(anonymous())
+
+
+def anonymous() -> float:
+    """GB of memory that is no page of a file."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) / 2**20
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rows", 200_000), ("width", 384), ("queries", 100), ("rounds", 9)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--mapped", type=int, default=0)
     parser.add_argument("--serve", nargs=2, default=())
     options = parser.parse_args()
     if options.serve:
@@ -180,6 +224,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         write(folder, options.rows, options.queries, options.width)
+        if options.mapped:
+            mapped(folder, options.mapped, options.width)
+            return
         if options.parts:
             parts(folder, options.rounds)
             return
