@@ -3,7 +3,7 @@
     python tests/benchmarks/funnel.py [--model static] [--rows 200000] [--rounds 9] [--keep FOLDER]
 
 `static`: a table of token vectors of MiniLM's tokens, trained from nothing with Matryoshka prefixes of 64, 128 and 256 of 384
-numbers on pairs of Flickr30k's captions and of WordNet's words and glosses, in a minute or two. `minilm`: the real MiniLM,
+numbers on pairs of Flickr30k's captions and of WordNet's words and glosses, in a few minutes. `minilm`: the real MiniLM,
 trained on the same for 150 steps; encoding with it takes ten minutes. The texts: four captions of each held-out photo, those of
 the training photos, and as many glosses of WordNet as are left. Queries: the fifth captions of the held-out photos, 100 at a
 time. `of exact`: what part of the exact ten nearest a search finds; `recall@10`: of the four captions of the query's photo, and
@@ -110,10 +110,11 @@ def main() -> None:
         "exact": (full,),
         "64 numbers alone": (Stage(64),),
         "64:float32:200": (Stage(64, "float32", 200), full),
+        "64:float32:400": (Stage(64, "float32", 400), full),
         "64:int8:200": (Stage(64, "int8", 200), full),
         "64:binary:200": (Stage(64, "binary", 200), full),
         "384:binary:200": (Stage(384, "binary", 200), full),
-        "64:binary:1000, 256:int8:100": (Stage(64, "binary", 1000), Stage(256, "int8", 100), full),
+        "128:binary:400, 256:int8:100": (Stage(128, "binary", 400), Stage(256, "int8", 100), full),
         "384:int8": (Stage(384, "int8"),),
     }
     searches = {"exact, from memory": lambda asked: retrieval.topk(asked, documents, K)[1]}
