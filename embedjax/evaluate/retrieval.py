@@ -21,7 +21,7 @@ from embedjax import config, sharding
 # Rows of a group whose maximum is looked at first, a power of 8; numbers that are few enough to be looked at one by one.
 GROUP = 64
 ENOUGH = 4096
-# Rows of a tile on a device. On a CPU products of float32 with 16,384 rows take 0.8 of the time of those with 65,536, since their
+# Rows of a tile on a device. On a CPU float32 products with 16,384 rows take 0.8 of the time of those with 65,536, since their
 # scores stay in its cache; more than FEW best of each tile take longer than that saves.
 ROWS, FEW = {"cpu": 16384}, 32
 MOST_ROWS = 65536
