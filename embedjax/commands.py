@@ -148,11 +148,16 @@ def search(arguments: Sequence[str]) -> None:
     from embedjax.load import load
     from embedjax.sharding import make_mesh
 
+    funnel = finder.stages_of(made.funnel)
     model, column = load(made.model), made.column or None
     if made.html and not model.config.late:
         raise ConfigError(f"--html shows which tokens matched; {made.model} has one vector a text")
     first = made.first if made.first in ("", "bm25", "tokens") else load(made.first)
-    how = finder.How(made.pool, made.precision, first, made.candidates)
+    tokens = model.config.late or (made.pool, made.first, made.candidates) != (1, "", 100)
+    if tokens and not (made.dim or funnel):
+        how = finder.How(made.pool, made.precision, first, made.candidates)
+    else:
+        how = finder.Compared(made.dim, made.precision, funnel)
     corpus = finder.open_gallery(made.images, column) if made.images else finder.open_corpus(made.corpus, column)
     with Display("encode the corpus") as progress:
         hits = finder.search(

@@ -1,5 +1,6 @@
 """Search: the nearest texts first, vectors kept between searches, functions of a folder as a corpus."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from embedjax import config, encode_images, encode_texts, search
+from embedjax import commands, config, encode_images, encode_texts, search
 from embedjax.config.errors import ConfigError, DataError
 from embedjax.data.files import cache_folder
 from embedjax.data.text import Texts
 from embedjax.evaluate.encode import PictureEncoder
+from embedjax.evaluate.funnel import Stage, cut, funnel, prepare, unit_prefix
 from embedjax.load import Model
 from embedjax.models.embedder import build_embedder
 
@@ -59,14 +61,73 @@ def test_vectors_are_kept(model, corpus, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     first = search.search(model, corpus, "red", 2, cache=cache)
     (kept,) = cache.iterdir()
-    encoded, encode = [], search.encode
-    for module in (search, search.corpus):
+    encoded, encode = [], encode_texts
+    for module in (search.vectors, search.corpus):
         monkeypatch.setattr(module, "encode", lambda m, texts, **rest: encoded.append(len(texts)) or encode(m, texts, **rest))
     assert search.search(model, corpus, "red", 2, cache=cache) == first
     assert encoded == [1], "only the query"
     search.search(model, search.Corpus(TEXTS[:3], corpus.places[:3]), "red", 2, cache=cache)
     assert encoded == [1, 1, 3] and len(list(cache.iterdir())) == 2
     np.testing.assert_allclose(np.linalg.norm(np.load(kept), axis=1), 1, atol=1e-6)
+
+
+STAGED = (
+    search.Compared(4),
+    search.Compared(4, "int8"),
+    search.Compared(0, "binary"),
+    search.Compared(funnel=(Stage(2, "float32", 5),)),
+    search.Compared(8, "uint8", (Stage(2, "binary", 5), Stage(4, "float16", 4))),
+)
+
+
+@pytest.mark.parametrize("compared", STAGED, ids=lambda how: ",".join(map(str, how.stages(8))))
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_what_is_compared_is_kept(model, corpus, tmp_path, monkeypatch, compared, similarity):
+    """Prefixes, codes and stages against the same over vectors that were encoded, with and without what was kept."""
+    model = dataclasses.replace(model, config=dataclasses.replace(
+        model.config, towers={"text": dataclasses.replace(model.config.towers["text"], similarity=similarity)}
+    ))  # fmt: skip
+    prefix = cut if similarity == "dot" else unit_prefix
+    stages, vectors = compared.stages(8), prefix(encode_texts(model, TEXTS), 8)
+    wanted = funnel(prefix(encode_texts(model, ["red"]), 8), prepare(vectors, stages, prefix=prefix), stages, 3, prefix=prefix)
+    encoded, encode = [], encode_texts
+    monkeypatch.setattr(search.corpus, "encode", lambda m, x, **rest: encoded.append(len(x)) or encode(m, x, **rest))
+    for cache in (None, tmp_path / "cache", tmp_path / "cache"):
+        hits = search.search(model, corpus, "red", 3, how=compared, cache=cache)
+        assert [hit.text for hit in hits] == [TEXTS[row] for row in wanted[1][0]]
+        np.testing.assert_allclose([hit.score for hit in hits], wanted[0][0], atol=1e-5)
+    assert encoded == [6, 6], "once for the cache"
+    endings = {path.name.partition(".")[2] for path in (tmp_path / "cache").iterdir()}
+    codes = {f"dim{s.dim}.{s.precision}" for s in stages if s != Stage(8)}
+    parts = {f"{code}.codes.npy" for code in codes} | {f"{code}.ranges.npy" for code in codes if "int8" in code}
+    assert endings == parts | ({"npy"} if Stage(8) in stages else set())
+
+
+def test_codes_are_made_of_vectors_that_are_kept(model, corpus, tmp_path, monkeypatch):
+    search.search(model, corpus, "red", 3, cache=tmp_path / "cache")
+    monkeypatch.setattr(search.corpus, "encode", None)
+    assert len(search.search(model, corpus, "red", 3, how=search.Compared(4, "int8"), cache=tmp_path / "cache")) == 3
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_the_command_searches_in_stages(model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("embedjax.load.load", lambda name: model)
+    common = ["model", "red", "--corpus", str(tmp_path / "texts.txt"), "--k", "1"]
+    commands.search([*common, "--funnel", "2:binary:5, 4:int8:3", "--precision", "float16"])
+    assert capsys.readouterr().out.endswith("texts.txt:6\n    red\n")
+    for options, said in {
+        ("--dim", "9"): "stage 9:float32 takes 9 numbers; the vectors have 8",
+        ("--dim", "-1"): "--dim is -1",
+        ("--funnel", "4:int8"): "stage '4:int8'; it must be DIM:PRECISION:SHORTLIST",
+        ("--funnel", "4:int7:3"): "no precision 'int7'.*int8",
+        ("--funnel", "4:int8:3", "--dim", "2"): "must know more",
+        ("--funnel", "4:int8:3", "--pool", "2"): "for late interaction, --dim and --funnel for one vector",
+        ("--first", "bm25"): "are for late interaction; tiny has one vector a text",
+    }.items():
+        with pytest.raises(ConfigError, match=said):
+            commands.search([*common, *options])
 
 
 def test_where_vectors_are_kept(monkeypatch, tmp_path):
@@ -214,6 +275,9 @@ def test_damaged_pictures_are_passed_over_and_told(pair, pictures, tmp_path, cap
     assert "2 of 28 pictures cannot be decoded and are passed over; the first: " in caplog.text
     assert f"{folder}/blue/3.jpg:1: column 'image': picture cannot be decoded" in caplog.text
     assert find(3) == hits[:3], "those that are kept know which were damaged"
+    for how in (search.Compared(0, "int8"), search.Compared(funnel=(Stage(4, "binary", 28),))) * 2:
+        found = search.search(pair, search.open_gallery(folder), "red", 28, how=how, cache=tmp_path / "cache")
+        assert {hit.place for hit in found} == {hit.place for hit in hits}
     for path in folder.glob("*/*.*"):
         path.write_bytes(b"")
     with pytest.raises(DataError, match="none of the 28 pictures can be decoded"):

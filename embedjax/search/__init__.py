@@ -12,23 +12,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-import numpy as np
 from jax.sharding import Mesh as DeviceMesh
 from rich.console import Console
 from rich.text import Text
 
 from embedjax.config.errors import ConfigError
 from embedjax.evaluate import heat
-from embedjax.evaluate.encode import encode, side_of
+from embedjax.evaluate.encode import side_of
 from embedjax.evaluate.matches import Match
-from embedjax.evaluate.retrieval import topk
-from embedjax.evaluate.tasks.side import comparable
 from embedjax.load import Model
 from embedjax.search.corpus import Corpus, Gallery, Progress, open_corpus, open_gallery
-from embedjax.search.kept import corpus_vectors
 from embedjax.search.tokens import How, nearest
+from embedjax.search.vectors import Compared, nearest_vectors, stages_of
 
-__all__ = ["Corpus", "Gallery", "Hit", "How", "open_corpus", "open_gallery", "page", "search", "show"]
+__all__ = [
+    "Compared",
+    "Corpus",
+    "Gallery",
+    "Hit",
+    "How",
+    "open_corpus",
+    "open_gallery",
+    "page",
+    "search",
+    "show",
+    "stages_of",
+]
 
 LINES_SHOWN = 4
 
@@ -54,34 +63,32 @@ def search(
     query: str | Path,
     k: int = 5,
     *,
-    how: How | None = None,
+    how: How | Compared | None = None,
     task: str | None = None,
     mesh: DeviceMesh | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Hit]:
     """The min(k, N) texts or pictures nearest to the query, a text or the Path of a picture, as the model compares; fewer where
-    a first stage found fewer. `how` is for models of late interaction. `task` names the prompt, adapter or both to encode with;
-    `cache` is a folder that keeps the corpus's vectors."""
+    a first stage found fewer. `how` is a How for models of late interaction, for others a Compared. `task` names the prompt,
+    adapter or both to encode with; `cache` is a folder that keeps the corpus's vectors."""
     if isinstance(query, str) and not query.strip():
         raise ConfigError("the query is empty")
     if k < 1:
         raise ConfigError(f"{k} results were asked for; it must be at least 1")
-    side = side_of(model.config, "query", isinstance(query, Path))
-    side_of(model.config, "document", corpus.pictures)  # raises where no tower takes what is searched
+    side_of(model.config, "query", isinstance(query, Path))  # these raise where no tower takes what is asked for,
+    side_of(model.config, "document", corpus.pictures)  # or searched
+    options = {"task": task, "mesh": mesh, "cache": cache, "progress": progress}
     if model.config.late:
+        if isinstance(how, Compared):
+            raise ConfigError(f"dim and funnel are for models of one vector a text; {model.origin} compares tokens")
         assert isinstance(corpus, Corpus) and isinstance(query, str), "a model of late interaction has towers of texts alone"
-        best = nearest(model, corpus, query, k, how or How(), task=task, mesh=mesh, cache=cache, progress=progress)
+        best = nearest(model, corpus, query, k, how or How(), **options)
         return [Hit(n, score, *corpus.shown(row), match) for n, (score, row, match) in enumerate(best, 1)]
-    if how not in (None, How()):
-        raise ConfigError(f"pool, precision and a first stage are for late interaction; {model.origin} has one vector a text")
-    # The query before the corpus: it may be wrong.
-    wanted = comparable(encode(model, [query], column=side, task=task, mesh=mesh), model.config.similarity)
-    vectors = corpus_vectors(model, corpus, task=task, mesh=mesh, cache=cache, progress=progress)
-    lost = np.flatnonzero(~vectors.any(1)).tolist() if corpus.pictures else ()
-    scores, rows = topk(wanted, vectors, k + len(lost), mesh=mesh)
-    found = [pair for pair in zip(scores[0].tolist(), rows[0].tolist(), strict=True) if pair[1] not in lost]
-    return [Hit(rank, score, *corpus.shown(row)) for rank, (score, row) in enumerate(found[:k], 1)]
+    if isinstance(how, How):
+        raise ConfigError(f"pool and a first stage are for late interaction; {model.origin} has one vector a text")
+    found = nearest_vectors(model, corpus, query, k, how or Compared(), **options)
+    return [Hit(rank, score, *corpus.shown(row)) for rank, (score, row) in enumerate(found, 1)]
 
 
 def show(hits: Sequence[Hit], out: TextIO | None = None) -> None:

@@ -32,7 +32,12 @@ class Arguments:
     pool: int = 1
     """Late interaction: keep one vector for so many tokens of a text."""
     precision: Precision = "float32"
-    """Late interaction: what the numbers of the texts' vectors are kept as."""
+    """What the numbers of the corpus's vectors are kept as."""
+    dim: int = 0
+    """One vector a text: compare the first so many numbers alone (default: all), for models trained for such prefixes."""
+    funnel: str = ""
+    """One vector a text: stages DIM:PRECISION:SHORTLIST that find what is then compared by --dim and --precision, such as
+    64:int8:200, or 64:binary:400,256:int8:100."""
     first: str = ""
     """Late interaction: score the candidates of a first stage alone: bm25, tokens (the texts of the tokens nearest to the
     query's), or a MODEL of one vector a text."""
@@ -43,10 +48,15 @@ class Arguments:
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
-    """The command line, read. Raises ConfigError unless it names one thing to look in, and one to look for."""
+    """The command line, read. Raises ConfigError unless it names one thing to look in and one to look for, and for options that
+    do not go together."""
     made = overrides.parse(Arguments, arguments, prog="embedjax search")
     if bool(made.corpus) == bool(made.images):
         raise ConfigError("search looks in texts (--corpus FILE) or in pictures (--images FOLDER): name one of them")
     if bool(made.query) == bool(made.like):
         raise ConfigError('search looks for a text or a picture: embedjax search MODEL ... "words", or --like PICTURE')
+    if made.dim < 0:
+        raise ConfigError(f"--dim is {made.dim}; it must be at least 1, or 0 for all numbers")
+    if (made.dim or made.funnel) and (made.pool, made.first, made.candidates) != (1, "", 100):
+        raise ConfigError("--pool, --first and --candidates are for late interaction, --dim and --funnel for one vector a text")
     return made

@@ -207,6 +207,21 @@ def wikipedia(words: int = 20) -> Iterator[str]:
                     yield text
 
 
+def glosses() -> list[tuple[str, str]]:
+    """The words of each of WordNet's senses, and what it says of them."""
+    found = []
+    with tarfile.open(folder("wordnet30") / "wordnet30_dict.tar.xz") as archive:
+        for part in ("noun", "verb", "adj", "adv"):
+            file = archive.extractfile(f"dict/data.{part}")
+            for line in file.read().decode().splitlines() if file else ():
+                if not line.startswith("  "):  # the licence
+                    fields, _, gloss = line.partition(" | ")
+                    fields = fields.split()
+                    words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+                    found.append((", ".join(words).replace("_", " "), gloss.strip()))
+    return found
+
+
 def number(labels: Sequence[str]) -> Mapping[str, int]:
     """Each label's place in alphabetic order."""
     return {label: place for place, label in enumerate(sorted(set(labels)))}

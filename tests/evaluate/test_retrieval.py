@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from embedjax import config, sharding
-from embedjax.evaluate.retrieval import GROUP, topk, two_level
+from embedjax.evaluate import retrieval
+from embedjax.evaluate.retrieval import GROUP, by_groups, topk
 
 
 def reference(queries, corpus, k):
@@ -39,11 +40,12 @@ def test_negative_scores_and_signed_zeros():
     assert scores.tolist() == [[0, 0, 0, -1]]
 
 
-def test_two_levels_are_one():
+def test_groups_find_what_is_found_without(monkeypatch):
+    monkeypatch.setattr(retrieval, "ENOUGH", 256)  # from five groups on, these are looked at by groups
     scores = np.random.default_rng(0).integers(0, 40, (6, 20 * GROUP)).astype(np.float32)
     for k in (1, 5, 19, 20, 30):
         wanted = jax.lax.top_k(scores, k)
-        found = jax.jit(two_level, static_argnums=1)(scores, k)
+        found = jax.jit(by_groups, static_argnums=1)(scores, k)
         np.testing.assert_array_equal(found[0], wanted[0])
         np.testing.assert_array_equal(found[1], wanted[1])
 
