@@ -1,4 +1,4 @@
-"""Encodes by the program in this folder. Needs jax and numpy, and tokenizers for texts; embedjax is not needed.
+"""Encodes by the program in this folder. Needs jax, flatbuffers and numpy, and tokenizers for texts; embedjax is not needed.
 
 python load.py "a text" "another text"
 """

@@ -87,7 +87,9 @@ def read(folder: Path) -> Any:
     """The onnxruntime session of a folder's program, on the CPU. Raises ConfigError when it is damaged or there is none."""
     runtime, path = library("onnxruntime"), folder / PLACE
     try:
-        return runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        options = runtime.SessionOptions()
+        options.add_session_config_entry("session.x64quantprecision", "1")  # x86 without VNNI would let int8 sums overflow
+        return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no common class
         raise ConfigError(f"{path} cannot be read by onnxruntime: {' '.join(str(error).split())[:200]}") from error
 

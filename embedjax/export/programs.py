@@ -16,7 +16,7 @@ from embedjax import config as configs
 from embedjax.config import ROLES, ImageTower, Tower
 from embedjax.config.errors import ConfigError, nearest
 from embedjax.export import int8, onnx, stablehlo
-from embedjax.export.consumers import BATCH, SIDES, Tried, Vectors, difference
+from embedjax.export.consumers import BATCH, Tried, Vectors, difference
 from embedjax.load import Model, make_images, make_texts
 from embedjax.models import folders, pictures
 from embedjax.models.weights import flatten
@@ -122,8 +122,8 @@ def _compare(folder: Path, place: str, ask: Callable, tried: Tried, wanted: Vect
     opened: dict[Path, Any] = {}
     found, weights = {}, "float32"
     for way in wanted:
-        names = dict(zip(SIDES, ("text", "image"), strict=True))
-        part = folder if len(list(_holders(folder, place))) == 1 else folder / names.get(way, way)
+        side = {"texts": "text", "pictures": "image"}.get(way, way)
+        part = folder if (folder / place).exists() else folder / side
         if part not in opened:
             opened[part] = (onnx if place == onnx.PLACE else stablehlo).read(part)
         found[way], weights = ask(part, opened[part], tried, way)

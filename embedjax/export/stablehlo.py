@@ -1,8 +1,8 @@
 """A tower as one StableHLO program of `jax.export`, for CPUs, GPUs and TPUs, with weights, tokenizer and loader beside it.
 
-FOLDER/stablehlo stands on its own: `program.jaxexport` is called as (weights, ids, mask), or (weights, pixels), of any batch and
-length. Weights are arguments and lie in safetensors: a program that held them would compile them into every shape, while these
-are on the device once. `program.json` tells the rest; `load.py` is the loader.
+FOLDER/stablehlo stands on its own: `program.jaxexport` is called as (weights, ids, mask), or (weights, pixels), of any batch
+and length. Weights are arguments and lie in safetensors: a program that held them would compile them into every shape, while
+these are on the device once. `program.json` tells the rest; `load.py` is the loader.
 """
 
 import json
@@ -57,7 +57,7 @@ def write(folder: Path, tower: Tower | ImageTower, params: Mapping[str, np.ndarr
     shutil.copyfile(loader.__file__, place / "load.py")
 
 
-def _program(tower: Tower | ImageTower, params: Mapping[str, np.ndarray]) -> bytes:
+def _program(tower: Tower | ImageTower, params: Mapping[str, np.ndarray]) -> bytearray:
     """The serialised program."""
     embedder: Any = build_embedder(tower)
     names = ("ids", "mask") if isinstance(tower, Tower) else ("pixels",)

@@ -58,7 +58,7 @@ class View(NamedTuple):
     def at(self, place_B: Int[Array, "B"]) -> "View":
         """What the token at one place of each row sees. Without rotary positions."""
         assert self.rope is None
-        pick = lambda x, index, axis: jnp.take_along_axis(jnp.broadcast_to(x, (len(place_B), *x.shape[1:])), index, axis)
+        pick = lambda x, index, axis: jnp.take_along_axis(jnp.broadcast_to(x, (place_B.shape[0], *x.shape[1:])), index, axis)
         bias = self.bias if self.bias.shape[2] == 1 else pick(self.bias, place_B[:, None, None, None], 2)
         return self._replace(bias=bias, seed=None if self.seed is None else pick(self.seed, place_B[:, None], 1))
 
