@@ -100,6 +100,8 @@ def export(
     check_format(model.config, format)
     portable.check(model.config, programs, weights, format)
     model = _finished(adapted(model, adapter))
+    if folder.is_symlink():
+        raise StorageError(f"{folder} is a link; name the folder that is to be written")
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"{folder} is a file; choose a folder to write, or one that is not there")
     if folder.exists() and not replace and any(folder.iterdir()):

@@ -100,7 +100,8 @@ def usage(kind: str, format: str, *, searches: bool, late: bool, title: str) -> 
 
 
 PROGRAMS = {
-    "stablehlo": """`stablehlo/` stands on its own and needs jax, flatbuffers, numpy and tokenizers (`python stablehlo/load.py "a text"`):
+    "stablehlo": """`stablehlo/` stands on its own (`python stablehlo/load.py "a text"`); it needs jax, flatbuffers, numpy and
+tokenizers:
 
 ```python
 from load import Program
