@@ -46,13 +46,14 @@ def check(model: configs.Model, programs: Sequence[str], weights: str, format: s
         raise ConfigError(f"programs lie beside a folder of sentence-transformers, not of {format}; leave --format out")
     if model.late:
         raise ConfigError("programs give one vector a text; late interaction has none")
-    for name in model.routes.values():
-        tower = model.towers[name]
+    towers = {name: model.towers[name] for name in model.routes.values()}
+    for name, tower in towers.items():
+        if isinstance(tower, ImageTower) and ("onnx" in programs or weights != "float32"):
+            what = "ONNX program" if "onnx" in programs else f"weights of {weights}"
+            raise ConfigError(f"tower {name!r} is of pictures, which has no {what} here; write stablehlo of float32")
+    for name, tower in towers.items():
         if isinstance(tower, Tower):
             _check_text(name, tower, programs)
-        elif "onnx" in programs or weights != "float32":
-            what = "an ONNX program" if "onnx" in programs else f"weights of {weights}"
-            raise ConfigError(f"tower {name!r} is of pictures, which has no {what.removeprefix('an ')} here; write stablehlo")
 
 
 def _check_text(name: str, tower: Tower, programs: Sequence[str]) -> None:
