@@ -4,8 +4,8 @@
 
 Needs the extras `reference` and `onnx`, and the data sets of $EMBEDJAX_DATA. All sides get the same token ids, sorted by
 length, in batches of 32 padded to multiples of 16, so that it is the programs that are timed; sentence-transformers is its
-modules on the same batches. Each side is warmed up once on every batch; rounds are interleaved, and the table has their medians. A text
-alone is one of 16 tokens. Cosines are to the jitted model's vectors, Spearman is that of STS-B's test split.
+modules on the same batches. Each side is warmed up once on every batch; rounds are interleaved, and the table has their
+medians. A text alone is one of 16 tokens. Cosines are to the jitted model's vectors, Spearman is that of STS-B's test split.
 """
 
 import argparse
