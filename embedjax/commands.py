@@ -211,6 +211,8 @@ def export(arguments: Sequence[str]) -> None:
         folder: tyro.conf.Positional[str] = "",
         format: Literal["sentence-transformers", "hf", "open-clip", "pylate"] = "sentence-transformers",
         adapter: str = "",
+        program: tuple[Literal["stablehlo", "onnx"], ...] = (),
+        weights: Literal["float32", "int8"] = "float32",
         check: bool = False,
     ) -> tuple:
         """Writes a folder that others load, and compares it with the model; or checks a folder written before.
@@ -224,18 +226,21 @@ def export(arguments: Sequence[str]) -> None:
                 MultiVectorEncoder. Towers of queries and documents become FOLDER/query and FOLDER/document, of which
                 sentence-transformers' Router makes one model.
             adapter: Name of the adapter to merge into the kernels, of a run that has several.
+            program: Programs to write beside a folder of sentence-transformers: stablehlo runs wherever jax does, onnx in
+                onnxruntime and text-embeddings-inference.
+            weights: What the weights of these programs are: float32, or int8 by output channel, a quarter of the size.
             check: Read an exported folder in every consumer that is installed and compare with the vectors it was
                 exported with.
         """
-        return model, folder, format, adapter, check
+        return model, folder, format, adapter, program, weights, check
 
-    name, folder, format, adapter, check = parse(command, arguments, prog="embedjax export")
+    name, folder, format, adapter, program, weights, check = parse(command, arguments, prog="embedjax export")
     if check:
         from embedjax.export import gate
 
         found = gate.check(Path(name))
         for consumer, difference in found.items():
-            print(f"{consumer}\t{difference if isinstance(difference, str) else f'largest difference {difference:.1e}'}")
+            print(f"{consumer}\t{gate.told(difference)}")
         gate.judge(Path(name), found)
         return
     if not folder:
@@ -243,7 +248,7 @@ def export(arguments: Sequence[str]) -> None:
     from embedjax.export import export as write
     from embedjax.load import load
 
-    difference = write(load(name), Path(folder), format, adapter=adapter)
+    difference = write(load(name), Path(folder), format, adapter=adapter, programs=program, weights=weights)
     print(f"exported {folder} (largest difference {difference:.1e})")
 
 

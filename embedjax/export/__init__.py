@@ -14,6 +14,8 @@ from embedjax.config import ClipText, ImageTower, SiglipText, Static, Tower
 from embedjax.config.errors import ConfigError, StorageError, nearest
 from embedjax.data.tokenizer import save_tokenizer, save_truncating, with_special
 from embedjax.export import card, gate
+from embedjax.export import programs as portable
+from embedjax.export.usage import program_usage
 from embedjax.load import Model, adapted
 from embedjax.models import clip, multi_vector, written, written_late, written_pictures
 from embedjax.models.classifier import write_heads
@@ -77,6 +79,8 @@ def export(
     replace: bool = False,
     title: str = "",
     adapter: str = "",
+    programs: Sequence[str] = (),
+    weights: str = "float32",
 ) -> float:
     """Writes the model as a folder and compares it with the model on at least 256 texts and 64 pictures, as far as it takes
     them, among them `texts` and `pictures` (encoded).
@@ -87,13 +91,17 @@ def export(
     is a folder of that kind, FOLDER/query and FOLDER/document;
     "sentence-transformers" joins them as a Router. A tower of pictures and one of texts are one CLIPModel or SiglipModel where
     they can be; else "sentence-transformers" has a Router, FOLDER/text and FOLDER/image. Class heads go beside it. Of several
-    adapters `adapter` names that which is merged into the kernels. The folder is put in place whole, after the gate. Returns
-    the largest difference; raises CheckFailed above 1e-4, StorageError when the folder exists (unless `replace`), ConfigError
-    for an unknown format or adapter, or other towers.
+    adapters `adapter` names that which is merged into the kernels. `programs` are "stablehlo" and "onnx", written beside a
+    folder of sentence-transformers, with `weights` of float32 or int8. The folder is put in place whole, after the gate.
+    Returns the largest difference; raises CheckFailed above 1e-4, StorageError when the folder exists (unless `replace`),
+    ConfigError for an unknown format, program or adapter, or other towers.
     """
     folder = folder.absolute()
     check_format(model.config, format)
+    portable.check(model.config, programs, weights, format)
     model = _finished(adapted(model, adapter))
+    if folder.is_symlink():
+        raise StorageError(f"{folder} is a link; name the folder that is to be written")
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"{folder} is a file; choose a folder to write, or one that is not there")
     if folder.exists() and not replace and any(folder.iterdir()):
@@ -103,7 +111,8 @@ def export(
     _write(model, part, format)
     shown = model if format in ("sentence-transformers", "pylate") else _headless(model)
     write_heads(part, shown.heads)
-    (part / "README.md").write_text(card.card(shown, title or folder.name, scores, format))
+    portable.write(_exact(shown), part, programs, weights)
+    (part / "README.md").write_text(card.card(shown, title or folder.name, scores, format) + program_usage(programs, weights))
     difference = gate.write(_exact(shown), part, texts, pictures)
     if folder.exists():
         shutil.rmtree(folder)

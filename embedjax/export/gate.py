@@ -16,9 +16,12 @@ from embedjax.config.errors import CheckFailed, ConfigError
 from embedjax.data.image import decode
 from embedjax.data.text import Texts
 from embedjax.export.consumers import LATE_READERS, PICTURE_READERS, READERS, Tried, by_embedjax, late_of, vectors, ways
+from embedjax.export.programs import Rounded, readers
 from embedjax.load import Model
 
 TOLERANCE = 1e-4
+ROUNDED_TOLERANCE = 0.1
+"""Of 1 - the lowest cosine, for programs with weights of int8: texts of random tokens are rounded worse than any real one."""
 TEXTS = 256
 LATE_TEXTS = 64
 """Those of late interaction, whose vectors are many: they are kept beside the model."""
@@ -62,21 +65,26 @@ def _kept(encoded: bytes, size: int) -> Image.Image:
 def write(model: Model, folder: Path, texts: Sequence[str] = (), pictures: Sequence[bytes] = ()) -> float:
     """Compares the folder with the model on at least 256 texts, by every tower and with the prompts of queries and documents,
     and on 64 pictures, and leaves texts, pictures and vectors in it as its reference. Where fewer are given, and to a half of
-    the texts always, they are made of random tokens and numbers.
+    the texts always, they are made of random tokens and numbers. Programs in the folder are asked too.
 
-    Raises CheckFailed when a component differs by more than 1e-4. Returns the largest difference.
+    Raises CheckFailed when a component differs by more than 1e-4, or a cosine by more than 0.1 where weights are int8. Returns
+    the largest difference, but for those.
     """
     tried = Tried(_texts(model, texts), _pictures(model, pictures))
     wanted = vectors(model, tried, ways(model))
     difference = by_embedjax(folder, tried, wanted)
     save_file(wanted, folder / "parity.safetensors")
-    record = {"texts": tried.texts, "pictures": len(tried.pictures), "max_difference": difference, "tolerance": TOLERANCE}
+    found: dict[str, float | str] = {"embedjax": difference} | {
+        name: ask(tried, wanted) for name, ask in readers(folder).items()
+    }
+    exact = [value for value in found.values() if not isinstance(value, str | Rounded)]
+    record = {"texts": tried.texts, "pictures": len(tried.pictures), "max_difference": max(exact), "tolerance": TOLERANCE}
     (folder / "parity.json").write_text(json.dumps(record, indent=1, ensure_ascii=False))
     for n, encoded in enumerate(tried.pictures):
         (folder / FOLDER).mkdir(exist_ok=True)
         _place(folder, n).write_bytes(encoded)
-    judge(folder, {"embedjax": difference})
-    return difference
+    judge(folder, found)
+    return max(exact)
 
 
 def _texts(model: Model, given: Sequence[str]) -> list[str]:
@@ -124,13 +132,25 @@ def check(folder: Path) -> dict[str, float | str]:
         tried = Tried(record["texts"], [_place(folder, n).read_bytes() for n in range(record.get("pictures", 0))])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ConfigError(f"{folder}: no parity.json and parity.safetensors to check against ({error})") from error
-    readers = READERS | (PICTURE_READERS if tried.pictures else {}) | (LATE_READERS if late_of(folder) else {})
-    return {name: reader(folder, tried, wanted) for name, reader in readers.items()}
+    asked = READERS | (PICTURE_READERS if tried.pictures else {}) | (LATE_READERS if late_of(folder) else {})
+    found = {name: reader(folder, tried, wanted) for name, reader in asked.items()}
+    return found | {name: ask(tried, wanted) for name, ask in readers(folder).items()}
+
+
+def told(found: float | str) -> str:
+    """What was found of a consumer, as a person reads it."""
+    if isinstance(found, Rounded):
+        return f"int8 weights, lowest cosine {1 - found:.4f}"
+    return found if isinstance(found, str) else f"largest difference {found:.1e}"
 
 
 def judge(folder: Path, found: Mapping[str, float | str]) -> None:
-    """Raises CheckFailed when a consumer's vectors differ by more than 1e-4, or are not numbers."""
+    """Raises CheckFailed when a consumer's vectors differ by more than 1e-4, or are not numbers; those of weights of int8 when
+    a cosine is below 0.9."""
     for consumer, difference in found.items():
-        if not isinstance(difference, str) and not difference <= TOLERANCE:
-            told = f"vectors read by {consumer} differ by {difference:.1e}; at most {TOLERANCE:.0e} is allowed"
-            raise CheckFailed(f"{folder}: {told}")
+        if isinstance(difference, Rounded) and not difference <= ROUNDED_TOLERANCE:
+            least = f"at least {1 - ROUNDED_TOLERANCE:.1f} is allowed"
+            raise CheckFailed(f"{folder}: vectors read by {consumer} have {told(difference)} to the model's; {least}")
+        if not isinstance(difference, str | Rounded) and not difference <= TOLERANCE:
+            allowed = f"at most {TOLERANCE:.0e} is allowed"
+            raise CheckFailed(f"{folder}: vectors read by {consumer} differ by {difference:.1e}; {allowed}")

@@ -1,4 +1,6 @@
-"""How a model card says that a folder is used: a few lines of Python for each format and kind of tower."""
+"""How a model card says that a folder is used: a few lines of Python for each format and kind of tower, and its programs."""
+
+from collections.abc import Sequence
 
 LIBRARIES = {
     "sentence-transformers": "sentence-transformers",
@@ -95,3 +97,27 @@ def usage(kind: str, format: str, *, searches: bool, late: bool, title: str) -> 
         return PICTURES[kind, format].format(title=title)
     use = ("bare query" if searches else "bare") if format == "hf" else "query" if searches else "text"
     return TEXTS[use].format(title=title)
+
+
+PROGRAMS = {
+    "stablehlo": """`stablehlo/` stands on its own (`python stablehlo/load.py "a text"`); it needs jax, flatbuffers, numpy and
+tokenizers:
+
+```python
+from load import Program
+
+vectors = Program().encode(["a text", "another text"])
+```
+""",
+    "onnx": """`onnx/model.onnx` gives `sentence_embedding` from `input_ids` and `attention_mask`, as text-embeddings-inference
+takes it, and `last_hidden_state`, which `SentenceTransformer(..., backend="onnx")` reads.
+""",
+}
+
+
+def program_usage(programs: Sequence[str], weights: str) -> str:
+    """A card's part on the programs of a folder, empty without any."""
+    if not programs:
+        return ""
+    rounded = "Their weights are int8, a scale an output channel; activations are rounded row by row as they run.\n"
+    return "\n".join(["", "## Programs", "", *(PROGRAMS[name] for name in programs), *([rounded] if weights == "int8" else [])])

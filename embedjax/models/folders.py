@@ -32,7 +32,7 @@ from embedjax.models.modules import (
 from embedjax.models.weights import from_tensors, load_tensors
 
 FILES = ["*.safetensors", "*.json", "*.txt", "*.model", stanford.METADATA]  # what is fetched from the hub; never code
-UNUSED = ["onnx/*", "openvino/*", "*/onnx/*", "*.onnx*", "flax_model*"]
+UNUSED = ["onnx/*", "openvino/*", "*/onnx/*", "stablehlo/*", "*/stablehlo/*", "*.onnx*", "flax_model*"]
 PLAIN = {"prompts": {}, "default_prompt": None, "similarity": "cosine"}  # of a folder that says nothing of them
 MODEL2VEC_LENGTH = 512
 

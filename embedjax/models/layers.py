@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
-from embedjax.models.ops import ACTIVATIONS, attend, by_rows, dropout, layer_norm, lookup, on_cpu, product, rotate
+from embedjax.models.ops import ACTIVATIONS, attend, by_rows, dropout, layer_norm, lookup, on_cpu, product, product_int8, rotate
 
 MASKED = -1e9  # finite, so that a row of padding alone still has a softmax and a gradient
 
@@ -58,13 +58,13 @@ class View(NamedTuple):
     def at(self, place_B: Int[Array, "B"]) -> "View":
         """What the token at one place of each row sees. Without rotary positions."""
         assert self.rope is None
-        pick = lambda x, index, axis: jnp.take_along_axis(jnp.broadcast_to(x, (len(place_B), *x.shape[1:])), index, axis)
+        pick = lambda x, index, axis: jnp.take_along_axis(jnp.broadcast_to(x, (place_B.shape[0], *x.shape[1:])), index, axis)
         bias = self.bias if self.bias.shape[2] == 1 else pick(self.bias, place_B[:, None, None, None], 2)
         return self._replace(bias=bias, seed=None if self.seed is None else pick(self.seed, place_B[:, None], 1))
 
 
 class Dense(nn.Module):
-    """x W + b over the last axis."""
+    """x W + b over the last axis. A kernel of int8 has a scale beside it and is multiplied as `product_int8` does."""
 
     features: int
     compute: str = "float32"
@@ -74,7 +74,11 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
         kernel = self.param("kernel", nn.initializers.normal(self.init_std), (x.shape[-1], self.features), jnp.float32)
-        y = product(x.reshape(-1, x.shape[-1]), kernel, self.compute)
+        rows = x.reshape(-1, x.shape[-1])
+        if kernel.dtype == jnp.int8:
+            y = product_int8(rows, kernel, self.get_variable("params", "kernel_scale"))
+        else:
+            y = product(rows, kernel, self.compute)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(y.dtype)[None]
         return y.reshape(*x.shape[:-1], self.features)
@@ -94,7 +98,7 @@ class LayerNorm(nn.Module):
 
 
 class Embed(nn.Module):
-    """A table of vectors, looked up by id; ids outside are clipped, as XLA does."""
+    """A table of vectors, looked up by id; ids outside are clipped, as XLA does. One of int8 has a scale a row beside it."""
 
     rows: int
     width: int
@@ -103,6 +107,9 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
         table = self.param("embedding", nn.initializers.normal(self.init_std), (self.rows, self.width), jnp.float32)
+        if table.dtype == jnp.int8:
+            scale_V = self.get_variable("params", "embedding_scale")
+            return lookup(table, ids).astype(jnp.float32) * lookup(scale_V, ids)[..., None]
         return lookup(table, ids)
 
 
@@ -236,7 +243,9 @@ def stack(
 
     layer = jax.checkpoint(layer) if tower.remat else layer
     loop = _unrolled if tower.layers == "unroll" or (tower.layers == "auto" and on_cpu()) else _scanned
-    x_BLD, stacked = by_rows(x_BLD), (tower.param("blocks", init), per_layer)
+    # Linen would compare what is stored with `init`, which knows no scales of int8 kernels.
+    blocks = tower.get_variable("params", "blocks") if tower.has_variable("params", "blocks") else tower.param("blocks", init)
+    x_BLD, stacked = by_rows(x_BLD), (blocks, per_layer)
     each: list[Any] = [x_BLD[None]]
     only = () if only_B is None else (only_B,)
     if tower.still:

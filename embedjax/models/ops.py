@@ -162,6 +162,15 @@ def _bf16_matmul(x, w):
     return jnp.matmul(x, w, preferred_element_type=jnp.float32)
 
 
+def product_int8(x: Float[Array, "N D"], w: Int[Array, "D F"], scale_F: Float[Array, "F"]) -> Float[Array, "N F"]:
+    """x @ (w * scale), w of int8: each row of x is rounded to int8 by its largest number, and products are summed as integers
+    (vector-wise quantization, Dettmers et al. 2022, section 3)."""
+    scale_N = jnp.maximum(jnp.abs(x).max(1), 1e-30) / 127
+    rounded = jnp.round(x / scale_N[:, None]).astype(jnp.int8)
+    sums = jax.lax.dot_general(rounded, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+    return sums.astype(jnp.float32) * scale_N[:, None] * scale_F[None]
+
+
 def _row_major(x):
     return jax.lax.optimization_barrier(with_layout_constraint(x, Layout(tuple(range(x.ndim)))))
 

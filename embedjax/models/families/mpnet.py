@@ -62,15 +62,15 @@ def buckets(length: int, count: int) -> Int[Array, "L L"]:
     """The bucket of each (query, key) pair: half of them for keys after the query, each half exact up to a quarter of all
     buckets and logarithmic from there to FARTHEST (T5, Raffel et al. 2020, section 2.1)."""
     half, exact = count // 2, count // 4
-    distance = np.arange(length, dtype=np.float32)
+    distance = np.arange(FARTHEST + 1, dtype=np.float32)
     # Of distances alone and in numpy: a backend's own logarithm may round to the other side of a bucket's edge.
     scaled = (
         np.log(np.maximum(distance, 1) / np.float32(exact)) / np.float32(np.log(FARTHEST / exact)) * np.float32(half - exact)
     )
     far = np.minimum(exact + scaled.astype(np.int32), half - 1)
-    bucket_L = jnp.asarray(np.where(distance < exact, distance.astype(np.int32), far))
+    bucket = jnp.asarray(np.where(distance < exact, distance.astype(np.int32), far))
     offset_LL = jnp.arange(length)[None] - jnp.arange(length)[:, None]
-    return bucket_L[jnp.abs(offset_LL)] + half * (offset_LL > 0)
+    return bucket[jnp.minimum(jnp.abs(offset_LL), FARTHEST)] + half * (offset_LL > 0)
 
 
 def longest(arch: Mpnet) -> int:
