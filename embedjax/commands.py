@@ -110,6 +110,7 @@ def encode(arguments: Sequence[str]) -> None:
 
     made = reading.parse(arguments)
     from embedjax.config import Mesh
+    from embedjax.evaluate.calibrate import ranges_from
     from embedjax.evaluate.files import encode_file
     from embedjax.evaluate.progress import Display
     from embedjax.evaluate.token_files import encode_tokens_file
@@ -118,9 +119,13 @@ def encode(arguments: Sequence[str]) -> None:
 
     model, mesh = load(made.model), make_mesh(Mesh())
     late = model.config.late
-    if (made.engine or made.pool > 1 or made.precision != "float32") and not late:
-        raise ConfigError(f"{made.model} gives one vector a text; --for, --pool and --precision are of late interaction")
-    write, more = (encode_tokens_file, made.late()) if late else (encode_file, {})
+    write, more = (encode_tokens_file, made.late()) if late else (encode_file, made.single())
+    if made.calibrate:
+        with Display("calibrate") as progress:
+            more["ranges"] = ranges_from(
+                model, made.calibrate, made.input, more["dim"], as_column=made.kind, task=made.task or None,
+                mesh=mesh, progress=progress,
+            )  # fmt: skip
     with Display("encode") as progress:
         rows = write(
             model,
