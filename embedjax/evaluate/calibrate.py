@@ -25,7 +25,7 @@ MOST = 100_000
 def calibrate(
     model: Model,
     source: str | Path | Source,
-    dims: Sequence[int] = (),
+    dims: Sequence[int | None] = (None,),
     *,
     column: str | None = None,
     as_column: str | None = None,
@@ -34,7 +34,7 @@ def calibrate(
     mesh: DeviceMesh | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[str, Calibrated]:
-    """(tower, its ranges) of the vectors of a calibration set: of their first `dims` numbers, or of all where none are named.
+    """(tower, its ranges) of the vectors of a calibration set: of their first `dims` numbers, None for all of them.
 
     The set is 10,000 rows or more like those that will be stored, and not those themselves. They are encoded as documents
     where the model's one tower tells these from queries, else as `files.encode_file` would. Raises ConfigError for late
@@ -49,7 +49,7 @@ def calibrate(
     if not len(rows.source):
         raise DataError(f"{rows.source.name} has no rows to take ranges from")
     encoder = encoder_of(model, column=rows.side, task=task, mesh=mesh)
-    kept = {dim: Kept.of(model, rows.side, dim) for dim in dims or (encoder.width,)}
+    kept = {form.dim: form for form in (Kept.of(model, rows.side, dim) for dim in dims)}
     chosen = np.unique(np.linspace(0, len(rows.source) - 1, min(most, len(rows.source))).round().astype(np.int64))
     found: dict[int, quantize.Ranges] = {}
     for vectors in encoder.stream(
@@ -77,5 +77,5 @@ def ranges_from(
     read = lambda path: [info.sha256 for info in open_source(source_of(str(path))).files]
     if read(calibration) == read(encoded):
         raise ConfigError(f"{calibration} is what is encoded; ranges are taken from other rows, and serve for all that follows")
-    _, found = calibrate(model, calibration, (dim,) if dim else (), **options)
+    _, found = calibrate(model, calibration, (dim,), **options)
     return next(iter(found.ranges.values()))
