@@ -15,7 +15,7 @@ Points = Sequence[tuple[float, float, float]]
 def svg(title: str, lines: Mapping[str, Points]) -> str:
     """The picture of named lines; shares above 100 % are drawn where they are. Lines without points are left out."""
     drawn = {name: sorted(points) for name, points in lines.items() if points}
-    every = [point for points in drawn.values() for point in points]
+    every = [point for points in drawn.values() for point in points] or [(1.0, 0.95, 1.0)]
     low = math.floor(min(min(point[1:]) for point in every) * 20) / 20
     high = max(1.0, math.ceil(max(max(point[1:]) for point in every) * 20) / 20)
     first = math.floor(math.log2(min(point[0] for point in every)))

@@ -74,7 +74,7 @@ def section(rows: Sequence[Row], encoding: Encoding, rescore: int = RESCORE) -> 
 
 
 def picture(rows: Sequence[Row]) -> str:
-    """The plot of the mean share over the tasks."""
+    """The plot of the mean share over the tasks, at the sizes that all of them were scored at."""
     tasks = list(dict.fromkeys(row.task for row in rows))
     lines: dict[str, Points] = {}
     for precision in dict.fromkeys(row.precision for row in rows):
