@@ -43,7 +43,7 @@ def card(model: Model, title: str, scores: Mapping[str, float] | None = None, fo
         parts.append(_training(config, model.details.get("step")))
         parts.append("## Citations\n\n" + "\n".join(f"* {paper}" for paper in citations(config)) + "\n")
     late = any(_late(tower) for tower in routes.values())
-    parts.append(_commands(title, config if isinstance(config, Config) else None, late=late))
+    parts.append(_commands(title, config if isinstance(config, Config) else None, _prefixes(routes, late=late)))
     if scores:
         rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in scores.items())
         parts.append(f"## Scores\n\n| metric | value |\n|---|---|\n{rows}\n")
@@ -93,15 +93,22 @@ def _head(routes: Mapping[str, Tower | ImageTower], title: str, format: str, siz
     )
 
 
-def _commands(title: str, config: Config | None, *, late: bool) -> str:
+def _prefixes(routes: Mapping[str, Tower | ImageTower], *, late: bool) -> list[int]:
+    """Dimensions that the vectors may be cut to; [] by late interaction."""
+    width = next(iter(routes.values())).width or 0
+    usual = [dim for dim in (256, 128, 64) if dim < width]
+    return [] if late else usual or [max(1, width // 2)]
+
+
+def _commands(title: str, config: Config | None, dims: Sequence[int]) -> str:
     """What to type: the same training again, the vectors of a file, shorter and as codes, and the check of this folder."""
-    lines = [f"embedjax train {config.name}.py" if config else ""]
+    lines = [f"embedjax train {config.name}.py"] if config else []
     lines += [f"embedjax encode {title} texts.txt vectors.npy"]
-    if not late:
-        lines += [f"embedjax export {title} --calibrate others.txt --dims 256,128,64"]
-        lines += [f"embedjax encode {title} texts.txt codes.npy --precision int8 --dim 256"]
+    if dims:
+        lines += [f"embedjax export {title} --calibrate others.txt --dims {','.join(map(str, dims))}"]
+        lines += [f"embedjax encode {title} texts.txt codes.npy --precision int8 --dim {dims[0]}"]
     lines += [f'embedjax search {title} --corpus texts.txt "what is looked for"', f"embedjax export {title} --check"]
-    return "## Commands\n\n```\n" + "\n".join(filter(None, lines)) + "\n```\n"
+    return "## Commands\n\n```\n" + "\n".join(lines) + "\n```\n"
 
 
 def _seen(tower: Tower | ImageTower) -> str:
