@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from embedjax.config import Config as Config
-    from embedjax.evaluate.codes import encode_codes as encode_codes
     from embedjax.evaluate.encode import encode as encode_texts
     from embedjax.evaluate.encode import encode_images as encode_images
+    from embedjax.evaluate.kept import encode_codes as encode_codes
     from embedjax.evaluate.tasks import evaluate as evaluate_model
     from embedjax.export import export as export_model
     from embedjax.load import Model as Model
@@ -37,7 +37,7 @@ __all__ = [
 _PLACES = {
     "Config": ("embedjax.config", "Config"),
     "Model": ("embedjax.load", "Model"),
-    "encode_codes": ("embedjax.evaluate.codes", "encode_codes"),
+    "encode_codes": ("embedjax.evaluate.kept", "encode_codes"),
     "encode_images": ("embedjax.evaluate.encode", "encode_images"),
     "encode_texts": ("embedjax.evaluate.encode", "encode"),
     "evaluate_model": ("embedjax.evaluate.tasks", "evaluate"),

@@ -13,9 +13,9 @@ from embedjax.calibration import Calibrated
 from embedjax.config import Source
 from embedjax.config.errors import ConfigError, DataError
 from embedjax.data.sources import open_source, source_of
-from embedjax.evaluate.codes import Kept
 from embedjax.evaluate.encode import encoder_of
 from embedjax.evaluate.files import Input
+from embedjax.evaluate.kept import Kept
 from embedjax.load import Model
 
 MOST = 100_000

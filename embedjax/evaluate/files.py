@@ -20,9 +20,9 @@ from embedjax.config.errors import ConfigError, StorageError
 from embedjax.data.pictures import Pictures
 from embedjax.data.sources import Source, open_source, source_of
 from embedjax.evaluate import indexes, vector_lines
-from embedjax.evaluate.codes import Kept
 from embedjax.evaluate.encode import encoder_of, fingerprint, side_of
 from embedjax.evaluate.engines import Feed
+from embedjax.evaluate.kept import Kept
 from embedjax.evaluate.pictures import Stored, files_key, holds_pictures
 from embedjax.evaluate.rows import column_of, texts_of
 from embedjax.load import Model

@@ -15,8 +15,8 @@ import numpy as np
 
 from embedjax.config import Precision, Similarity
 from embedjax.config.errors import ConfigError
-from embedjax.evaluate.codes import Kept
 from embedjax.evaluate.conventions import faiss_ranges, packed_of, usearch_of
+from embedjax.evaluate.kept import Kept
 from embedjax.quantize import in_bits
 
 USEARCH: dict[Precision, str] = {

@@ -16,9 +16,9 @@ import numpy as np
 from embedjax.config import Precision
 from embedjax.config.errors import ConfigError
 from embedjax.data.sources import Source
-from embedjax.evaluate.codes import Kept
 from embedjax.evaluate.conventions import bit_string, literal, packed_of
 from embedjax.evaluate.engines import Feed, document, qdrant_point
+from embedjax.evaluate.kept import Kept
 from embedjax.evaluate.rows import key_at
 from embedjax.quantize import in_bits
 

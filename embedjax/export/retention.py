@@ -18,8 +18,8 @@ from jax.sharding import Mesh as DeviceMesh
 from embedjax import calibration, quantize
 from embedjax.config import Precision, Similarity
 from embedjax.config.errors import ConfigError
-from embedjax.evaluate.codes import Kept
 from embedjax.evaluate.encode import side_of
+from embedjax.evaluate.kept import Kept
 from embedjax.evaluate.retrieval import topk
 from embedjax.evaluate.stages import by_ranking, rerank
 from embedjax.evaluate.tasks import RetrievalData, TaskData, check_late, encoded

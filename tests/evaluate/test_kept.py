@@ -11,11 +11,11 @@ import pytest
 from embedjax import quantize
 from embedjax.config.errors import ConfigError, DataError
 from embedjax.evaluate.calibrate import calibrate, ranges_from
-from embedjax.evaluate.codes import Kept, encode_codes
 from embedjax.evaluate.conventions import from_bit_string, from_literal, packed_of
 from embedjax.evaluate.encode import encode
 from embedjax.evaluate.engines import Feed
 from embedjax.evaluate.files import Partial, encode_file
+from embedjax.evaluate.kept import Kept, encode_codes
 
 
 @pytest.fixture(scope="module")

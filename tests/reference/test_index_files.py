@@ -7,9 +7,9 @@ faiss = pytest.importorskip("faiss")  # before usearch, or its searches crash
 usearch = pytest.importorskip("usearch.index")
 
 from embedjax import quantize  # noqa: E402
-from embedjax.evaluate.codes import Kept  # noqa: E402
 from embedjax.evaluate.conventions import from_faiss_ranges, from_usearch, packed_of, usearch_of  # noqa: E402
 from embedjax.evaluate.indexes import write_faiss, write_usearch  # noqa: E402
+from embedjax.evaluate.kept import Kept  # noqa: E402
 
 pytestmark = pytest.mark.reference
 DIM = 48
