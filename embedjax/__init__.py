@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from embedjax.config import Config as Config
     from embedjax.evaluate.encode import encode as encode_texts
     from embedjax.evaluate.encode import encode_images as encode_images
+    from embedjax.evaluate.kept import encode_codes as encode_codes
     from embedjax.evaluate.tasks import evaluate as evaluate_model
     from embedjax.export import export as export_model
     from embedjax.load import Model as Model
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Config",
     "Model",
+    "encode_codes",
     "encode_images",
     "encode_texts",
     "evaluate_model",
@@ -35,6 +37,7 @@ __all__ = [
 _PLACES = {
     "Config": ("embedjax.config", "Config"),
     "Model": ("embedjax.load", "Model"),
+    "encode_codes": ("embedjax.evaluate.kept", "encode_codes"),
     "encode_images": ("embedjax.evaluate.encode", "encode_images"),
     "encode_texts": ("embedjax.evaluate.encode", "encode"),
     "evaluate_model": ("embedjax.evaluate.tasks", "evaluate"),

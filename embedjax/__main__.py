@@ -15,11 +15,14 @@ USAGE = """usage: embedjax COMMAND ...
   train CONFIG [--run-dir DIR] [--fresh] [--dry-run] [--FIELD VALUE ...]   train, or go on with a run
   evaluate MODEL --task TASK --data FILE [--columns a=b,...] [--dims 64]   score a model
   encode MODEL INPUT OUTPUT [--as query|document] [--task NAME]            texts or pictures -> vectors (.npy or .parquet)
-  encode MODEL INPUT OUT.jsonl --for qdrant|vespa [--ids COLUMN]           vectors of tokens for an engine
+  encode MODEL INPUT OUTPUT --precision int8 [--dim 256]                   shorter, as codes; OUTPUT.faiss, .usearch: an index
+  encode MODEL INPUT OUT.jsonl --for qdrant|vespa|pgvector [--ids COLUMN]  vectors for an engine
   search MODEL --corpus FILE|--images FOLDER "query" [--like PICTURE]       the texts or pictures nearest to it
   mine MODEL CORPUS PAIRS OUT [--num-negatives 5 ...]                      hard negatives of the pairs, from the corpus
   export MODEL FOLDER [--format sentence-transformers|hf]                  write a folder that others load
   export FOLDER --check                                                    read it back and compare
+  export FOLDER --calibrate FILE [--dims 256,64]                           save the ranges of int8 and uint8 in it
+  evaluate FOLDER --task retrieval|sts --data FILE --retention             what each dimension and precision keeps
   plan CONFIG --topology v5e:16x16 [--search]                              memory, FLOPs, traffic and time on devices not here
   launch local|slurm|tpu-vm|jobset-tpu|jobset-gpu|sky CONFIG [--dry-run]   start it there
   doctor [FOLDER ...]                                                      this machine, versions, allocator, folders

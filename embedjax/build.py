@@ -32,6 +32,7 @@ from embedjax.data.text import Texts
 from embedjax.data.tokenizer import add_tokens, save_tokenizer, train_wordpiece
 from embedjax.evaluate import tasks
 from embedjax.evaluate.encode import asked, side_of
+from embedjax.evaluate.rows import column_of
 from embedjax.evaluate.tasks.heads import HeadData, head_of
 from embedjax.export import check_format
 from embedjax.load import heads_of, make_images, make_texts, read_start, resolve_tower, tokenizer_folders
@@ -119,6 +120,10 @@ def _check_towers(config: Config) -> None:
         raise ConfigError(f"set {mined[0]!r} mines its negatives, which late interaction, without a vector a text, cannot")
     if config.export.format != "none":
         check_format(model, config.export.format)
+    if config.export.calibrate and model.late:
+        raise ConfigError("export.calibrate is of one vector a text; late interaction takes its ranges from what is stored")
+    if max(config.export.dims, default=0) > (width := max(widths.values())):
+        raise ConfigError(f"export.dims holds {max(config.export.dims)}; the model's vectors have {width} numbers")
 
 
 def _check_adapters(config: Config) -> None:
@@ -184,6 +189,8 @@ def prepare(config: Config) -> tuple[tasks.TaskData, ...]:
     for data in prepared:
         if isinstance(data, HeadData):
             data.of(heads, f"run {config.name!r}", config.model)
+    if config.export.calibrate:
+        column_of(open_source(config.export.calibrate), config.export.calibrate_column or None, ("text", "image"))
     return prepared
 
 

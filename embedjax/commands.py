@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from embedjax import supervise
-from embedjax.config import Bert, Config, Data, Evaluate, Model, Retrieval, Set, Tower
+from embedjax.config import Bert, Config, Data, Evaluate, Model, Retrieval, Set, Task, Tower
 from embedjax.config.errors import CheckFailed, ConfigError
 from embedjax.config.overrides import parse
 from embedjax.config.run import run_folder
@@ -91,17 +91,39 @@ def evaluate(arguments: Sequence[str]) -> None:
     """evaluate MODEL --task TASK --data FILE"""
     from embedjax.evaluate import arguments as reading
 
-    name, task = reading.parse(arguments)
+    name, task, every = reading.parse(arguments)
     from embedjax.config import Mesh
     from embedjax.evaluate import tasks
     from embedjax.evaluate.progress import Stages
     from embedjax.load import load
     from embedjax.sharding import make_mesh
 
+    if every:
+        _retention(name, task)
+        return
     with Stages() as progress:
         found = tasks.evaluate(load(name), tasks.prepare((task,)), mesh=make_mesh(Mesh()), progress=progress)
     for key, value in found.items():
         print(f"{key}\t{value:.4f}")
+
+
+def _retention(name: str, task: Task) -> None:
+    """The table of a task's dimensions and precisions; kept in an exported folder."""
+    from embedjax.config import Mesh
+    from embedjax.evaluate import tasks
+    from embedjax.evaluate.progress import Stages
+    from embedjax.export import retained
+    from embedjax.export.retention import retention
+    from embedjax.load import load, run_of
+    from embedjax.sharding import make_mesh
+
+    with Stages() as progress:
+        found = retention(load(name), tasks.prepare((task,)), task.dims, mesh=make_mesh(Mesh()), progress=progress)
+    for line in retained.table(found[0]):
+        print(line)
+    if Path(name).is_dir() and not run_of(name):
+        retained.keep(Path(name), *found)
+        print(f"{name}: the card, quantization/retention.json and retention.svg tell of it")
 
 
 def encode(arguments: Sequence[str]) -> None:
@@ -110,6 +132,7 @@ def encode(arguments: Sequence[str]) -> None:
 
     made = reading.parse(arguments)
     from embedjax.config import Mesh
+    from embedjax.evaluate.calibrate import ranges_from
     from embedjax.evaluate.files import encode_file
     from embedjax.evaluate.progress import Display
     from embedjax.evaluate.token_files import encode_tokens_file
@@ -118,9 +141,13 @@ def encode(arguments: Sequence[str]) -> None:
 
     model, mesh = load(made.model), make_mesh(Mesh())
     late = model.config.late
-    if (made.engine or made.pool > 1 or made.precision != "float32") and not late:
-        raise ConfigError(f"{made.model} gives one vector a text; --for, --pool and --precision are of late interaction")
-    write, more = (encode_tokens_file, made.late()) if late else (encode_file, {})
+    write, more = (encode_tokens_file, made.late()) if late else (encode_file, made.single())
+    if made.calibrate:
+        with Display("calibrate") as progress:
+            more["ranges"] = ranges_from(
+                model, made.calibrate, made.input, more["dim"], as_column=made.kind, task=made.task or None,
+                mesh=mesh, progress=progress,
+            )  # fmt: skip
     with Display("encode") as progress:
         rows = write(
             model,
@@ -204,7 +231,7 @@ def mine(arguments: Sequence[str]) -> None:
 
 
 def export(arguments: Sequence[str]) -> None:
-    """export MODEL FOLDER | export FOLDER --check"""
+    """export MODEL FOLDER [--calibrate FILE] | export FOLDER --calibrate FILE | export FOLDER --check"""
 
     def command(
         model: tyro.conf.Positional[str],
@@ -214,11 +241,15 @@ def export(arguments: Sequence[str]) -> None:
         program: tuple[Literal["stablehlo", "onnx"], ...] = (),
         weights: Literal["float32", "int8"] = "float32",
         check: bool = False,
+        calibrate: tuple[str, ...] = (),
+        column: str = "",
+        dims: str = "",
     ) -> tuple:
-        """Writes a folder that others load, and compares it with the model; or checks a folder written before.
+        """Writes a folder that others load, and compares it with the model; or checks a folder written before, or saves ranges
+        in it.
 
         Args:
-            model: The model; with --check the exported folder.
+            model: The model; with --check, and with --calibrate but no second folder, the exported folder.
             folder: Where to write; must not exist or be empty.
             format: sentence-transformers: encoder, pooling and head, read by sentence-transformers, text-embeddings-inference
                 and vLLM, late interaction by sentence-transformers' MultiVectorEncoder; hf: the bare encoder, or CLIPModel and
@@ -231,10 +262,21 @@ def export(arguments: Sequence[str]) -> None:
             weights: What the weights of these programs are: float32, or int8 by output channel, a quarter of the size.
             check: Read an exported folder in every consumer that is installed and compare with the vectors it was
                 exported with.
+            calibrate: Rows like those that will be stored, 10,000 or more, of which the ranges of int8 and uint8 are taken and
+                saved with the model: FILE, or for a model of two towers query=FILE document=FILE, or text=FILE image=FOLDER.
+            column: Column of the texts or pictures of --calibrate (default: "text" or "image", or the only one).
+            dims: Prefixes of the vectors that have ranges of their own, such as 256,128,64, besides the whole vectors.
         """
-        return model, folder, format, adapter, program, weights, check
+        return model, folder, format, adapter, program, weights, check, calibrate, column, numbers(dims)
 
-    name, folder, format, adapter, program, weights, check = parse(command, arguments, prog="embedjax export")
+    from embedjax.evaluate.arguments import numbers
+
+    parsed = parse(command, arguments, prog="embedjax export")
+    name, folder, format, adapter, program, weights, check, sets, column, dims = parsed
+    if (column or dims) and not sets:
+        raise ConfigError("--column and --dims are of --calibrate FILE")
+    if check and sets:
+        raise ConfigError("--check and --calibrate are two commands")
     if check:
         from embedjax.export import gate
 
@@ -243,13 +285,23 @@ def export(arguments: Sequence[str]) -> None:
             print(f"{consumer}\t{gate.told(difference)}")
         gate.judge(Path(name), found)
         return
-    if not folder:
+    if not folder and not sets:
         raise ConfigError("export needs a folder to write: embedjax export MODEL FOLDER (or export FOLDER --check)")
+    from embedjax.evaluate.progress import Display
     from embedjax.export import export as write
+    from embedjax.export import quantize
     from embedjax.load import load
 
-    difference = write(load(name), Path(folder), format, adapter=adapter, programs=program, weights=weights)
-    print(f"exported {folder} (largest difference {difference:.1e})")
+    if folder:
+        difference = write(load(name), Path(folder), format, adapter=adapter, programs=program, weights=weights)
+        print(f"exported {folder} (largest difference {difference:.1e})")
+    if sets:
+        with Display("calibrate") as progress:
+            found = quantize.save_ranges(
+                Path(folder or name), quantize.sets_of(sets), dims, column=column or None, progress=progress
+            )
+        for line in quantize.told(found):
+            print(line)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,11 @@ from embedjax.config.errors import ConfigError, NonFiniteError
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 TYPES: dict[Precision, type[np.generic]] = {
-    "float32": np.float32, "float16": np.float16, "int8": np.int8, "uint8": np.uint8, "binary": np.int8, "ubinary": np.uint8,
+    "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16,
+    "int8": np.int8, "uint8": np.uint8, "binary": np.int8, "ubinary": np.uint8,
 }  # fmt: skip
-"""The type of the codes; those of binary and ubinary hold 8 numbers each."""
+"""The type of the codes. Those of binary and ubinary hold 8 numbers each; those of bfloat16 are its bits, for which files of
+numpy's have no type: `codes.view(ml_dtypes.bfloat16)`, or torch.bfloat16, reads them."""
 
 Vectors = Float[np.ndarray, "N E"]
 Ranges = Float[np.ndarray, "2 E"]
@@ -48,8 +50,8 @@ def quantize(vectors: Vectors, precision: Precision, ranges: Ranges | None = Non
 
     int8, uint8: with step = (highest - lowest) / 255, or 1 where these are equal, floor((x - lowest) / step) in 0 ... 255;
     int8 less 128. binary, ubinary: the bit 1 for x > 0, 8 to a byte, the first one highest, the last byte filled with 0; binary
-    less 128. Raises ConfigError for ranges that are missing, not needed or do not fit, and for numbers beyond float16;
-    NonFiniteError.
+    less 128. Raises ConfigError for ranges that are missing, not needed or do not fit, and for numbers beyond float16 or
+    bfloat16; NonFiniteError.
     """
     _check(vectors)
     ranges = _checked(precision, ranges, vectors.shape[1])
@@ -58,9 +60,10 @@ def quantize(vectors: Vectors, precision: Precision, ranges: Ranges | None = Non
         return (packed ^ 0x80).view(np.int8) if precision == "binary" else packed
     if ranges is None:
         with np.errstate(over="ignore"):
-            codes = vectors.astype(TYPES[precision])
-        if not np.isfinite(codes).all():
-            raise ConfigError(f"{precision} holds numbers up to 65504; the largest here is {np.abs(vectors).max():.4g}")
+            codes = _upper_half(vectors) if precision == "bfloat16" else vectors.astype(TYPES[precision])
+        if not np.isfinite(_whole(codes, precision)).all():
+            most = {"float16": "65504", "bfloat16": "3.39e38", "float32": "3.4e38"}[precision]
+            raise ConfigError(f"{precision} holds numbers up to {most}; the largest here is {np.abs(vectors).max():.4g}")
         return codes
     step = _steps(ranges)
     places = np.clip(np.floor((vectors - ranges[0]) / np.where(step == 0, np.float32(1), step)), 0, 255)
@@ -87,7 +90,7 @@ def dequantize(codes: Codes, precision: Precision, width: int, ranges: Ranges | 
         signs = np.unpackbits(packed, axis=-1, count=width).astype(np.float32) * 2 - 1
         return signs / np.float32(np.sqrt(width))
     if ranges is None:
-        return codes.astype(np.float32)
+        return _whole(codes, precision)
     step = _steps(ranges)
     places = codes.astype(np.float32) + (128 if precision == "int8" else 0)
     return ranges[0] + np.where(step == 0, places, (places + np.float32(0.5)) * step)
@@ -96,6 +99,18 @@ def dequantize(codes: Codes, precision: Precision, width: int, ranges: Ranges | 
 def count_of(precision: Precision, width: int) -> int:
     """Codes of a vector of `width` numbers."""
     return -(-width // 8) if in_bits(precision) else width
+
+
+def _upper_half(vectors: Vectors) -> Codes:
+    """The bits of bfloat16."""
+    bits = np.ascontiguousarray(vectors, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def _whole(codes: Codes, precision: Precision) -> Float[np.ndarray, "N E"]:
+    if precision == "bfloat16":
+        return (codes.astype(np.uint32) << 16).view(np.float32)
+    return codes.astype(np.float32)
 
 
 def _steps(ranges: Ranges) -> Float[np.ndarray, " E"]:

@@ -18,7 +18,7 @@ from embedjax.config import Config, serialize
 from embedjax.config.errors import Saved
 from embedjax.data.sources import manifest
 from embedjax.evaluate import report, tasks
-from embedjax.export import export
+from embedjax.export import export, quantize
 from embedjax.load import (
     Model,
     assemble,
@@ -192,6 +192,8 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
                         scores=scores, replace=True, title=config.name, adapter=config.export.adapter,
                     )  # fmt: skip
                     status.line(f"exported {_shown(exported)} (parity: largest difference {difference:.0e})")
+                    for line in quantize.at_the_end(exported, config.export, prepared):
+                        status.line(line)
         if config.evaluate.baseline:
             shown = _shown(exported or folder)
             told = report.lines(model(config.steps), prepared, evaluated, shown, run.mesh, _shown(folder), beside)

@@ -167,7 +167,7 @@ def test_wrong_overrides_name_the_field(arguments, line, write_config, capsys):
         (["mine", "m", "c", "pairs", "out", "--num-negative", "3"], ["no option --num-negative; did", "'--num-negatives'"]),
         (["mine", "m", "corpus", "pairs", "out", "--sampling", "all"], ["--sampling is 'all'; one of 'top', 'random'"]),
         (["encode", "m", "in.txt", "out.npy", "--as", "querry"], ["--as is 'querry'", "'query'"]),
-        (["encode", "m", "in.txt", "out.npy", "--ids", "id"], ["--for qdrant or --for vespa"]),
+        (["encode", "m", "in.txt", "out.npy", "--ids", "id"], ["--for qdrant, --for vespa or --for pgvector"]),
         (["search", "m", "text"], ["--corpus FILE", "--images FOLDER"]),
         (["search", "m", "text", "--corpus", "a", "--images", "b"], ["name one of them"]),
         (["search", "m", "--images", "a"], ["a text or a picture", "--like"]),
@@ -414,6 +414,59 @@ def test_encode_search_evaluate_and_check_work(exported, tmp_path, capsys, monke
     assert "largest difference 0.0e+00" in capsys.readouterr().out
 
 
+def test_ranges_are_saved_used_and_told(copied, tmp_path, capsys):
+    """export --calibrate, encode --precision, evaluate --retention, on one exported folder; then what a run does at its end."""
+    from embedjax import calibration
+    from embedjax.evaluate.tasks import read
+    from embedjax.export import quantize
+
+    texts = table(tmp_path / "in.txt", "red cat\nblue dog\nold tree\n")
+    others = table(tmp_path / "others.txt", "red\ncat\nblue\ndog\nold\ntree\nred dog\nblue tree\n")
+    out, model = tmp_path / "out.npy", str(copied)
+    encode = ["encode", model, texts, out, "--precision", "int8", "--dim", "8"]
+    assert_fails(encode, 2, "int8 needs the ranges", "--calibrate FILE", capsys=capsys)
+    assert_fails([*encode, "--calibrate", texts], 2, "in.txt is what is encoded", capsys=capsys)
+    assert run([*map(str, encode), "--calibrate", str(others)]) == 0
+    once = out.read_bytes()
+    assert run(["export", model, "--calibrate", str(others), "--dims", "8"]) == 0
+    assert "ranges of text: 16, 8 dimensions, from 8 rows (at least 10,000 are advised)" in capsys.readouterr().out
+    assert run([str(word) for word in encode]) == 0 and out.read_bytes() == once
+    capsys.readouterr()
+    assert_fails([*encode[:-1], "4"], 2, "ranges for 16, 8 dimensions, not for 4", capsys=capsys)
+    capsys.readouterr()
+
+    rows = "red cat,red cat,5\nred cat,old tree,1\nblue dog,red dog,3\n"
+    sts = table(tmp_path / "sts.csv", f"sentence1,sentence2,score\n{rows}")
+    assert run(["evaluate", model, "--task", "sts", "--data", str(sts), "--dims", "8", "--retention"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 8 + 1 and lines[1].split()[:4] == ["sts", "16", "float32", "64"]
+    card = (copied / "README.md").read_text()
+    assert "| 8 | binary | 1 |" in card and "(quantization/retention.svg)" in card
+    assert run(["export", model, "--check"]) == 0, "what was added does not disturb its readers"
+
+    asked = c.Export(calibrate=c.File(str(others)), dims=(4,))
+    told = list(quantize.at_the_end(copied, asked, [read(c.Sts(c.File(str(sts)), name="mine"))]))
+    assert told[0].startswith("ranges of text: 16, 4 dimensions") and any(line.startswith("mine ") for line in told)
+    assert list(calibration.read(copied)["text"].ranges) == [16, 4]
+    assert (copied / "README.md").read_text().count("## Dimensions and precisions") == 1
+    assert not list(quantize.at_the_end(copied, c.Export(), []))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["encode", "m", "in.txt", "out.npy", "--dim", "-1"], ["--dim is -1"]),
+        (["encode", "m", "in.txt", "out.npy", "--calibrate", "a.txt"], ["--calibrate takes the ranges", "float32"]),
+        (["export", "m", "f", "--dims", "8"], ["--dims are of --calibrate"]),
+        (["export", "m", "--check", "--calibrate", "a.txt"], ["two commands"]),
+        (["export", "m", "--calibrate", "a.txt", "--dims", "a"], ["--dims holds 'a'"]),
+        (["evaluate", "m", "--task", "sts", "--data", "f", "--retention", "yes"], ["yes"]),
+    ],
+)
+def test_options_of_codes_that_do_not_go_together(arguments, words, capsys):
+    assert_fails(arguments, 2, *words, capsys=capsys)
+
+
 @pytest.fixture
 def loaded(pair, monkeypatch, tmp_path):
     """Whatever model is named, it is the random one of pictures and texts."""
@@ -448,7 +501,7 @@ def test_pictures_are_encoded_searched_and_evaluated(loaded, pictures, tmp_path,
         ("encode m {broken} out.npy", 3, ["broken", "x.png:1", "cannot be decoded"]),
         ("encode m {pictures} out.npy --column picture", 3, ["no column 'picture'", "found: image, name, label"]),
         ("encode m {pictures} out.npy --as picture", 2, ["--as is 'picture'", "'image'"]),
-        ("encode m {pictures} out.txt", 2, ["out.txt", ".npy or .parquet"]),
+        ("encode m {pictures} out.txt", 2, ["out.txt", ".npy, .parquet"]),
         ("encode m {pictures} out.npy --task wint", 2, ["no prompt and no adapter 'wint'"]),
         ("encode m {packed} out.npy", 3, ["train.tar.gz", "unpack it to .tar"]),
         ("encode m {words} out.npy --as image", 3, ["words.jsonl:1: column 'text'", "red cat' cannot be read"]),

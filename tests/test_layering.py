@@ -13,7 +13,7 @@ LEVELS = (
     ("data", "models", "losses", "sharding", "metrics", "quantize", "distributed", "watchdog"),
     ("optim", "objective", "lock", "checkpoint"),
     ("saves",),
-    ("step", "load", "runs"),
+    ("step", "load", "runs", "calibration"),
     ("evaluate",),
     ("export", "mine"),
     ("build",),

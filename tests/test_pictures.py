@@ -315,7 +315,7 @@ def test_a_run_ends_with_a_folder(format, config, tmp_path):
     if format != "sentence-transformers":
         assert float(read.details["loss"]["scale"]) == pytest.approx(run.details["loss"]["scale"], abs=1e-6)
         assert run.details["loss"]["scale"] != pytest.approx(np.log(1 / 0.07), abs=1e-6)
-    kept = [Image.open(path).size for path in sorted((result.exported / "parity").iterdir())]
+    kept = [Image.open(path).size for path in sorted((result.exported / "parity").glob("*.png"))]
     assert len(kept) == 64 and kept[:16] == [(30, 24)] * 16
     with pytest.raises(ConfigError, match="a Bert pooled by 'mean'"):
         build.resolve(dataclasses.replace(config, export=c.Export("hf")))

@@ -1,5 +1,6 @@
 """Codes of vectors and back: the formulas by a loop, what an error is at most, and what is refused."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -76,11 +77,23 @@ def test_halves_and_wholes(vectors):
         quantize(np.full((1, 2), 1e5, np.float32), "float16")
 
 
+def test_bfloat16_is_the_upper_half_rounded_to_even(vectors):
+    """Of numbers of all sizes, of those half-way between two, of zeros and of the smallest."""
+    numbers = np.concatenate([vectors, vectors * 1e30, vectors * 1e-39, np.float32([[1.00390625, -1.01171875, 0, -0.0] * 3])])
+    codes = quantize(numbers, "bfloat16")
+    wanted = numbers.astype(ml_dtypes.bfloat16)
+    assert codes.dtype == np.uint16
+    np.testing.assert_array_equal(codes, wanted.view(np.uint16))
+    np.testing.assert_array_equal(dequantize(codes, "bfloat16", 12), wanted.astype(np.float32))
+    with pytest.raises(ConfigError, match="bfloat16 holds numbers up to 3.39e38"):
+        quantize(np.full((1, 2), np.finfo(np.float32).max), "bfloat16")
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_sizes_and_no_vectors(vectors, precision):
     ranges = ranges_for(precision, vectors)
     codes = quantize(vectors, precision, ranges)
-    sizes = {"float32": 48, "float16": 24, "int8": 12, "uint8": 12, "binary": 2, "ubinary": 2}
+    sizes = {"float32": 48, "float16": 24, "bfloat16": 24, "int8": 12, "uint8": 12, "binary": 2, "ubinary": 2}
     assert codes.nbytes == 200 * sizes[precision]
     none = quantize(vectors[:0], precision, ranges)
     assert none.shape == (0, codes.shape[1]) and none.dtype == codes.dtype
@@ -98,8 +111,8 @@ def test_what_cannot_be_stored_or_read_is_refused(vectors, precision):
     codes = quantize(vectors, precision, ranges)
     with pytest.raises(ConfigError, match="these are"):
         dequantize(codes[:, 1:], precision, 12, ranges)
-    with pytest.raises(ConfigError, match="these are .* of int16"):
-        dequantize(codes.astype(np.int16), precision, 12, ranges)
+    with pytest.raises(ConfigError, match="these are .* of int64"):
+        dequantize(codes.astype(np.int64), precision, 12, ranges)
 
 
 def test_ranges_that_do_not_fit_are_refused(vectors):

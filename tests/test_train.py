@@ -318,7 +318,7 @@ def test_bfloat16_runs_pass_the_gate_and_accumulation_trains(tiny_config, tmp_pa
         optim=dataclasses.replace(tiny_config.optim, accumulate=2),
     )
     result = train(config, tmp_path / "run")
-    assert json.loads((result.exported / "parity.json").read_text())["max_difference"] == 0
+    assert json.loads((result.exported / "parity" / "parity.json").read_text())["max_difference"] == 0
     assert np.isfinite([row["loss"] for row in rows(result.folder)]).all()
 
 

@@ -12,7 +12,7 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 PoolingName = Literal["mean", "cls", "max", "weightedmean", "lasttoken"]
 Dtype = Literal["float32", "bfloat16"]
 Similarity = Literal["cosine", "dot"]
-Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
+Precision = Literal["float32", "float16", "bfloat16", "int8", "uint8", "binary", "ubinary"]
 """What the numbers of a stored vector are kept as; `embedjax.quantize` defines them."""
 
 ROLES = {"query": "anchor", "document": "positive"}

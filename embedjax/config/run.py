@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from embedjax.config.data import Data
+from embedjax.config.data import Data, Source
 from embedjax.config.errors import ConfigError
 from embedjax.config.tasks import Task
 from embedjax.config.towers import Model
@@ -124,6 +124,21 @@ class Export:
     sentence-transformers holds too; none writes none."""
     adapter: str = ""
     """Name of the adapter that is merged into the kernels, where a tower has several."""
+    calibrate: Source | None = None
+    """Rows like those that will be stored, 10,000 or more, that the ranges of int8 and uint8 are taken from and saved with the
+    model; and what is kept of the tasks' scores at each precision is measured. None takes none."""
+    calibrate_column: str = ""
+    """Their column of texts or pictures, where it is neither called text or image nor the only one."""
+    dims: tuple[int, ...] = ()
+    """Prefixes of the vectors that have ranges of their own, besides the whole vectors."""
+
+    def __post_init__(self):
+        if self.calibrate is None and (self.calibrate_column or self.dims):
+            raise ConfigError("export.dims and calibrate_column are of export.calibrate, which names no rows")
+        if self.calibrate is not None and self.format == "none":
+            raise ConfigError('export.calibrate saves ranges with the exported model, and export.format is "none"')
+        if any(dim < 1 for dim in self.dims):
+            raise ConfigError(f"export.dims are {self.dims}; each must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

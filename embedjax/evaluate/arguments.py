@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import tyro
 
@@ -22,8 +22,17 @@ LABELLED = {Pictures: {"image": "image", "label": "label"}, Tar: {"image": "imag
 """What is classified in a folder of pictures, whose folders are the labels, and in webdataset's archives."""
 
 
-def parse(arguments: Sequence[str]) -> tuple[str, Task]:
-    """The model's name and the task. Raises ConfigError for an option that the task does not have."""
+class Asked(NamedTuple):
+    """What the command line asks for."""
+
+    model: str
+    task: Task
+    retention: bool
+    """Whether at every dimension and precision."""
+
+
+def parse(arguments: Sequence[str]) -> Asked:
+    """The command line, read. Raises ConfigError for an option that the task does not have."""
 
     def command(
         model: tyro.conf.Positional[str],
@@ -51,6 +60,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Task]:
         precision: config.Precision = config.Retrieval.precision,
         first: str = config.Retrieval.first,
         candidates: int = config.Retrieval.candidates,
+        retention: bool = False,
     ) -> tuple:
         """Scores a model.
 
@@ -91,6 +101,9 @@ def parse(arguments: Sequence[str]) -> tuple[str, Task]:
             first: retrieval: score the candidates of a first stage alone: bm25, a MODEL of one vector a text or, by late
                 interaction, tokens (the documents of the tokens nearest to a query's).
             candidates: retrieval: how many --first finds for a query, of tokens for each of its tokens.
+            retention: retrieval and sts, one vector a text: score whole vectors and those of --dims in float32, float16, int8
+                and binary, with and without rescoring; the table, a plot and a section of the card are left in an exported
+                folder, which has ranges for int8 (export FOLDER --calibrate FILE --dims 256,64).
         """
         given: dict[str, Any] = {name: source_of(path) for name, path in (("queries", queries), ("corpus", corpus)) if path}
         given |= {"train": source_of(train, _listed(names))} if train else {}
@@ -112,11 +125,11 @@ def parse(arguments: Sequence[str]) -> tuple[str, Task]:
         for name, text in (("query_columns", query_columns), ("corpus_columns", corpus_columns)):
             given |= {name: _pairs(text, name)} if text else {}
         source = source_of(data, _listed(names))
-        fields = dict(source=source, columns=_pairs(columns), limit=limit, prompt=prompt, dims=_numbers(dims))
-        return model, task, fields | given
+        fields = dict(source=source, columns=_pairs(columns), limit=limit, prompt=prompt, dims=numbers(dims))
+        return model, task, fields | given, retention
 
-    model, kind, fields = overrides.parse(command, arguments, prog="embedjax evaluate")
-    return model, _task(kind, fields)
+    model, kind, fields, retention = overrides.parse(command, arguments, prog="embedjax evaluate")
+    return Asked(model, _task(kind, fields), retention)
 
 
 def _task(name: str, fields: dict[str, Any]) -> Task:
@@ -209,7 +222,8 @@ def _listed(text: str) -> tuple[str, ...]:
     return tuple(filter(None, text.split(",")))
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
+    """`256,64` as numbers. Raises ConfigError."""
     if odd := [part for part in _listed(text) if not part.isdecimal()]:
         raise ConfigError(f"--dims holds {odd[0]!r}; it must be numbers, such as 256,64")
     return tuple(map(int, _listed(text)))

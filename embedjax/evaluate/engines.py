@@ -1,4 +1,5 @@
-"""Token vectors -> the lines that Qdrant and Vespa take: documents with a vector a token, their texts and their ids.
+"""What an engine is told of documents, and token vectors -> the lines that Qdrant and Vespa take: documents with a vector a
+token, their texts and their ids. `vector_lines.py` has those of one vector a text.
 
 Qdrant's points and multivectors: https://qdrant.tech/documentation/manage-data/vectors/. Vespa's documents, and the hexadecimal
 form of their tensors: https://docs.vespa.ai/en/reference/schemas/document-json-format.html.
@@ -31,11 +32,11 @@ ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufdcf\ufde0-\ufffd\U00010000-\U
 class Feed:
     """What an engine is told besides texts and vectors."""
 
-    engine: Literal["qdrant", "vespa"]
+    engine: Literal["qdrant", "vespa", "pgvector"]
     ids: str = ""
     """Column of the documents' ids, which are unique; row numbers without one."""
     field: str = "colbert"
-    """Name of Qdrant's vector, or Vespa's field, that holds the vectors of tokens."""
+    """Name of Qdrant's vector, or of Vespa's or Postgres' field, that holds the vectors."""
     doctype: str = "doc"
     """Vespa's type of document, and namespace."""
     bits: bool = False
@@ -82,8 +83,9 @@ def lines(
         yield json.dumps(line(feed, id, {column: text}, each), ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
-def qdrant_point(feed: Feed, id: str, fields: dict[str, str], vectors: Float[np.ndarray, "L E"]) -> dict[str, Any]:
-    """A point with a named multivector. Ids stay as they are in the payload, under their column's name."""
+def qdrant_point(feed: Feed, id: str, fields: dict[str, str], vectors: Float[np.ndarray, "*L E"]) -> dict[str, Any]:
+    """A point with a named vector, or a multivector of several. Ids stay as they are in the payload, under their column's
+    name."""
     payload = {**({feed.ids: id} if feed.ids else {}), **fields}
     numbers = np.round(vectors.astype(np.float64), DIGITS).tolist()
     return {"id": qdrant_id(id), "vector": {feed.field: numbers}, "payload": payload}
@@ -102,6 +104,10 @@ def qdrant_id(id: str) -> int | str:
 def vespa_put(feed: Feed, id: str, fields: dict[str, str], vectors: Float[np.ndarray, "L E"]) -> dict[str, Any]:
     """A put of a document with a tensor<float>(dt{},x[E]), or tensor<int8>(dt{},x[E/8]) of bits, cells in hexadecimal."""
     cells = quantize.quantize(vectors, "ubinary") if feed.bits else vectors.astype(">f4")
-    tensor = {str(n): row.tobytes().hex().upper() for n, row in enumerate(cells)}
+    return document(feed, id, fields, {str(n): row.tobytes().hex().upper() for n, row in enumerate(cells)})
+
+
+def document(feed: Feed, id: str, fields: dict[str, str], tensor: dict[str, str]) -> dict[str, Any]:
+    """A put of a document with a tensor, and texts without what Vespa refuses."""
     clean = {name: ILLEGAL.sub(" ", text) for name, text in fields.items()}
     return {"put": f"id:{feed.doctype}:{feed.doctype}::{id}", "fields": {**clean, feed.field: tensor}}

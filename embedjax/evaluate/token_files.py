@@ -64,6 +64,8 @@ def encode_tokens_file(
         raise ConfigError(f"{output}: the output is told by its ending, {', '.join(FINISH)}")
     if (feed is None) != (output.suffix != ".jsonl"):
         raise ConfigError(f"{output}: a .jsonl file is for an engine, and an engine reads .jsonl: --for qdrant or --for vespa")
+    if feed and feed.engine == "pgvector":
+        raise ConfigError(f"{output}: pgvector holds one vector a row, late interaction has one a token: --for qdrant or vespa")
     if precision != "float32" and output.suffix != ".npy":
         raise ConfigError(f"{output}: codes of {precision} are written to .npy alone; engines make codes of floats themselves")
     if jax.process_count() > 1:

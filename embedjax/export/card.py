@@ -1,10 +1,14 @@
 """The model card of an exported folder: what the model is, how to use it, how it was trained and how well it does."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from embedjax.config import Config, ImageTower, ModifiedResnet, Resnet, Set, Static, Tower, Vit, serialize
+from embedjax.export.citations import citations
 from embedjax.export.usage import LIBRARIES, TASKS, usage
 from embedjax.load import Model
 from embedjax.models.families.static import LONGEST
@@ -33,10 +37,13 @@ Maps {what} to vectors of {width} dimensions, {unit}. Trained with embedjax.
 def card(model: Model, title: str, scores: Mapping[str, float] | None = None, format: str = "sentence-transformers") -> str:
     """The card of a folder of a format, as Markdown with the front matter the Hugging Face hub reads."""
     routes = {route: model.config.towers[name] for route, name in model.config.routes.items()}
-    parts = [_head(routes, title, format)]
+    parts = [_head(routes, title, format, _numbers(model))]
     config = model.details.get("config")
     if isinstance(config, Config):
         parts.append(_training(config, model.details.get("step")))
+        parts.append("## Citations\n\n" + "\n".join(f"* {paper}" for paper in citations(config)) + "\n")
+    late = any(_late(tower) for tower in routes.values())
+    parts.append(_commands(title, config if isinstance(config, Config) else None, _prefixes(routes, late=late)))
     if scores:
         rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in scores.items())
         parts.append(f"## Scores\n\n| metric | value |\n|---|---|\n{rows}\n")
@@ -48,13 +55,21 @@ def card(model: Model, title: str, scores: Mapping[str, float] | None = None, fo
     return "\n".join(parts)
 
 
-def _head(routes: Mapping[str, Tower | ImageTower], title: str, format: str) -> str:
+def _numbers(model: Model) -> list[int]:
+    """Parameters of each route's tower; [] of a model without."""
+    towers = model.params.get("towers", {})
+    found = [towers[name] for name in model.config.routes.values() if name in towers]
+    return [sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) for params in found]
+
+
+def _head(routes: Mapping[str, Tower | ImageTower], title: str, format: str, sizes: Sequence[int]) -> str:
     towers, (first, *_) = routes.values(), routes.values()
     units = {"of length 1" if tower.normalize else "not normalised" for tower in towers}
     names = {route: _seen(tower) if len({*map(type, towers)}) > 1 else route for route, tower in routes.items()}
     columns = ["", *(f"{name} tower" for name in names.values())] if len(routes) > 1 else ["", ""]
     facts: dict[str, list[str]] = {
         "architecture": [_sizes(tower) for tower in towers],
+        "parameters": [f"{n / 1e6:,.1f} million, {n * 4 / 2**20:,.0f} MB" for n in sizes],
         "longest text": [_longest(tower) for tower in towers],
         "pictures": [_pixels(tower) for tower in towers],
         "pooling": [_pooling(tower) for tower in towers],
@@ -76,6 +91,24 @@ def _head(routes: Mapping[str, Tower | ImageTower], title: str, format: str) -> 
         towers="\n".join(f"| {' | '.join(row)} |" for row in rows),
         use=usage(kind, format, searches=searches, late=_late(first), title=title),
     )
+
+
+def _prefixes(routes: Mapping[str, Tower | ImageTower], *, late: bool) -> list[int]:
+    """Dimensions that the vectors may be cut to; [] by late interaction."""
+    width = next(iter(routes.values())).width or 0
+    usual = [dim for dim in (256, 128, 64) if dim < width]
+    return [] if late else usual or [max(1, width // 2)]
+
+
+def _commands(title: str, config: Config | None, dims: Sequence[int]) -> str:
+    """What to type: the same training again, the vectors of a file, shorter and as codes, and the check of this folder."""
+    lines = [f"embedjax train {config.name}.py"] if config else []
+    lines += [f"embedjax encode {title} texts.txt vectors.npy"]
+    if dims:
+        lines += [f"embedjax export {title} --calibrate others.txt --dims {','.join(map(str, dims))}"]
+        lines += [f"embedjax encode {title} texts.txt codes.npy --precision int8 --dim {dims[0]}"]
+    lines += [f'embedjax search {title} --corpus texts.txt "what is looked for"', f"embedjax export {title} --check"]
+    return "## Commands\n\n```\n" + "\n".join(lines) + "\n```\n"
 
 
 def _seen(tower: Tower | ImageTower) -> str:

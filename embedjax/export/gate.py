@@ -29,7 +29,7 @@ PICTURES = 64
 LONGEST = 8192
 """Tokens of the longest text that is tried where the tower takes any."""
 FOLDER = "parity"
-"""Where the pictures lie that were tried."""
+"""Where the texts, the pictures and their vectors lie: servers take any safetensors beside the model's for its weights."""
 
 
 def sample_texts(texts: Texts, count: int = TEXTS, seed: int = 0) -> list[str]:
@@ -73,15 +73,15 @@ def write(model: Model, folder: Path, texts: Sequence[str] = (), pictures: Seque
     tried = Tried(_texts(model, texts), _pictures(model, pictures))
     wanted = vectors(model, tried, ways(model))
     difference = by_embedjax(folder, tried, wanted)
-    save_file(wanted, folder / "parity.safetensors")
+    (folder / FOLDER).mkdir(exist_ok=True)
+    save_file(wanted, folder / FOLDER / "parity.safetensors")
     found: dict[str, float | str] = {"embedjax": difference} | {
         name: ask(tried, wanted) for name, ask in readers(folder).items()
     }
     exact = [value for value in found.values() if not isinstance(value, str | Rounded)]
     record = {"texts": tried.texts, "pictures": len(tried.pictures), "max_difference": max(exact), "tolerance": TOLERANCE}
-    (folder / "parity.json").write_text(json.dumps(record, indent=1, ensure_ascii=False))
+    (folder / FOLDER / "parity.json").write_text(json.dumps(record, indent=1, ensure_ascii=False))
     for n, encoded in enumerate(tried.pictures):
-        (folder / FOLDER).mkdir(exist_ok=True)
         _place(folder, n).write_bytes(encoded)
     judge(folder, found)
     return max(exact)
@@ -127,8 +127,8 @@ def check(folder: Path) -> dict[str, float | str]:
     Raises ConfigError when the folder carries no reference. `judge` tells whether the differences are small enough.
     """
     try:
-        record = json.loads((folder / "parity.json").read_text())
-        wanted = load_file(folder / "parity.safetensors")
+        record = json.loads((folder / FOLDER / "parity.json").read_text())
+        wanted = load_file(folder / FOLDER / "parity.safetensors")
         tried = Tried(record["texts"], [_place(folder, n).read_bytes() for n in range(record.get("pictures", 0))])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ConfigError(f"{folder}: no parity.json and parity.safetensors to check against ({error})") from error

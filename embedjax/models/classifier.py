@@ -22,6 +22,7 @@ from embedjax.models.jsonfile import get, read_json
 from embedjax.models.weights import load_tensors
 
 STEM = "classifier"
+"""Of the two files, in a folder of this name: servers take any safetensors beside the model's for its weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,22 +75,24 @@ def write_heads(folder: Path, heads: Mapping[str, Head]) -> None:
     """The two files of a model's heads; none without heads."""
     if not heads:
         return
+    place = folder / STEM
+    place.mkdir(exist_ok=True)
     told = {
         name: {"labels": list(head.labels), "features": "pair" if head.pair else "text", "criterion": head.criterion}
         for name, head in heads.items()
     }
-    (folder / f"{STEM}.json").write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (place / f"{STEM}.json").write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     tensors = {f"{name}.weight": np.ascontiguousarray(head.kernel.T) for name, head in heads.items()}
     tensors |= {f"{name}.bias": np.ascontiguousarray(head.bias) for name, head in heads.items()}
-    safetensors.numpy.save_file(tensors, folder / f"{STEM}.safetensors", metadata={"format": "pt"})
+    safetensors.numpy.save_file(tensors, place / f"{STEM}.safetensors", metadata={"format": "pt"})
 
 
 def read_heads(folder: Path) -> dict[str, Head]:
     """The heads beside a model, {} if there are none. Raises ConfigError for files that are damaged or disagree."""
-    file = folder / f"{STEM}.json"
+    file = folder / STEM / f"{STEM}.json"
     if not file.exists():
         return {}
-    told, tensors = read_json(file), load_tensors(folder, STEM)
+    told, tensors = read_json(file), load_tensors(folder / STEM, STEM)
     return {name: _head(name, entry, tensors, file) for name, entry in told.items()}
 
 

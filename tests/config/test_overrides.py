@@ -37,7 +37,12 @@ def test_the_options_are_tyros(capsys):
     known = overrides.options(commands.Train, commands.Train(EXAMPLE))
     assert {name for name, kind in known.items() if kind is not overrides.EMPTY} == shown
     empty = {"--data.sets.0.mine", "--data.sets.1.mine", "--optim.groups", "--evaluate.tasks.1.queries"}
-    empty |= {"--data.sets.0.loss.layers", "--data.sets.0.loss.losses.0.layers", "--model.towers.text.late"}
+    empty |= {
+        "--export.calibrate",
+        "--data.sets.0.loss.layers",
+        "--data.sets.0.loss.losses.0.layers",
+        "--model.towers.text.late",
+    }
     assert {name for name, kind in known.items() if kind is overrides.EMPTY} == empty
 
 

@@ -49,7 +49,7 @@ from embedjax.evaluate.arguments import KINDS, parse
     ],
 )  # fmt: skip
 def test_arguments_make_a_task(arguments, task):
-    assert parse(["model", *arguments.split()]) == ("model", task)
+    assert parse(["model", *arguments.split()]) == ("model", task, False)
 
 
 @pytest.mark.parametrize(

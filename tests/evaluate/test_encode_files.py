@@ -131,7 +131,7 @@ def test_rows_are_read_a_block_at_a_time(model, sentences, tmp_path, monkeypatch
 def test_wrong_arguments(model, tmp_path):
     source = tmp_path / "pairs.jsonl"
     source.write_text('{"a": "w1", "b": "w2"}\n')
-    with pytest.raises(ConfigError, match=r"\.npy or \.parquet"):
+    with pytest.raises(ConfigError, match=r"\.npy, \.parquet"):
         encode_file(model, source, tmp_path / "output.txt", column="a")
     with pytest.raises(ConfigError, match="a, b"):
         encode_file(model, source, tmp_path / "output.npy")

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import numpy as np
 import yaml
 
 from embedjax import config as c
@@ -28,7 +29,17 @@ def test_data_loss_hyper_parameters_and_scores():
         optim=c.Optim(learning_rate=3e-4, schedule="cosine", warmup=0.25, weight_decay=0.05),
     )  # fmt: skip
     told = card(bare(config.model, config=config, step=6), "mine", {"sts/spearman": 0.81254, "pairs/ndcg@10": 0.5})
-    training, scores = told.split("## Training\n")[1].split("## Scores\n")
+    training, rest = told.split("## Training\n")[1].split("## Citations\n")
+    assert rest.count("* ") == 3, "MultipleNegatives, CoSent and Bert, each once"
+    for words in ("Representation Learning with Contrastive", "CoSENT", "BERT"):
+        assert words in rest
+    commands, scores = rest.split("## Commands\n")[1].split("## Scores\n")
+    for words in (
+        "embedjax train run.py",
+        "embedjax export mine --calibrate",
+        "encode mine texts.txt codes.npy --precision int8",
+    ):
+        assert words in commands
     for name, file, loss in (("pairs", "my/pairs.tsv", "MultipleNegatives"), ("scored", "my/scored.tsv", "CoSent")):
         (data,) = re.findall(rf"^\* data `{name}`.*$", training, re.M)
         assert file in data and '"anchor": "question"' in data
@@ -51,6 +62,19 @@ def test_the_head_and_how_to_use_it():
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
     compile(code, "card", "exec")
     assert 'model.encode(["a text"' in code
+
+
+def test_the_size_is_that_of_the_weights():
+    model = c.Model({"text": TOWER})
+    params = {"towers": {"text": {"encoder": {"w": np.zeros((500, 1000), np.float32), "b": np.zeros(24_000, np.float32)}}}}
+    assert "| parameters | 0.5 million, 2 MB |" in card(Model(model, {}, params, {}, {}, "here"), "mine")
+    assert "parameters" not in card(bare(model), "mine")
+
+
+def test_late_interaction_has_its_own_codes():
+    tower = dataclasses.replace(TOWER, late=c.Late(), dense=(c.Dense(8, False, "identity"),))
+    told = card(bare(c.Model({"text": tower})), "mine", format="pylate")
+    assert "embedjax encode mine texts.txt vectors.npy" in told and "--calibrate" not in told
 
 
 def test_two_towers_are_asked_by_their_roles_and_prompts_are_listed():

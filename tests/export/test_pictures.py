@@ -54,9 +54,9 @@ def models(tmp_path_factory):
 def test_texts_and_pictures_are_tried_and_kept(name, format, models, tmp_path, capsys):
     given = [picture(n, (60 + n, 50)) for n in range(3)]
     assert export(models[name], tmp_path / "out", format, texts=["a red bicycle"], pictures=given) < 1e-6
-    record = json.loads((tmp_path / "out" / "parity.json").read_text())
+    record = json.loads((tmp_path / "out" / "parity" / "parity.json").read_text())
     assert len(record["texts"]) >= 256 and record["texts"][0] == "a red bicycle" and record["pictures"] == 64
-    vectors = safetensors.numpy.load_file(tmp_path / "out" / "parity.safetensors")
+    vectors = safetensors.numpy.load_file(tmp_path / "out" / "parity" / "parity.safetensors")
     width = models[name].embedders["image"].width
     assert {way: x.shape for way, x in vectors.items()} == {"texts": (len(record["texts"]), width), "pictures": (64, width)}
     assert np.abs(vectors["pictures"][0] - vectors["pictures"][9]).max() > 1e-3
@@ -76,7 +76,7 @@ def test_texts_and_pictures_are_tried_and_kept(name, format, models, tmp_path, c
 def test_one_image_tower_is_asked_for_pictures_alone(models, tmp_path):
     for format in ("hf", "sentence-transformers"):
         assert export(models["vit"], tmp_path / format, format) < 1e-6
-        assert json.loads((tmp_path / format / "parity.json").read_text())["texts"] == []
+        assert json.loads((tmp_path / format / "parity" / "parity.json").read_text())["texts"] == []
         found = gate.check(tmp_path / format)
         assert found["embedjax"] < 1e-6 and found["open_clip"] == "does not read this format"
     assert load(tmp_path / "hf").embedders["image"].width == 24, "a ViT of Hugging Face's has no projection"

@@ -25,7 +25,7 @@ def test_heads_survive_the_way_there_and_back(tmp_path):
     write_heads(tmp_path, heads)
     u, v = RNG.normal(size=(2, 5, 4)).astype(np.float32)
     found = read_heads(tmp_path)
-    tensors = load_file(tmp_path / "classifier.safetensors")
+    tensors = load_file(tmp_path / "classifier" / "classifier.safetensors")
     assert found.keys() == heads.keys()
     for name, features in {"kinds": u, "pairs.of": np.concatenate([u, v, np.abs(u - v)], 1), "several": u}.items():
         vectors = (u, v) if found[name].pair else (u,)
@@ -48,13 +48,13 @@ def test_vectors_that_a_head_cannot_read_are_refused():
 
 def test_damaged_files_are_told(tmp_path):
     write_heads(tmp_path, {"kinds": head()})
-    file = tmp_path / "classifier.json"
+    file = tmp_path / "classifier" / "classifier.json"
     told = json.loads(file.read_text())
     for change, word in (({"labels": ["x"]}, "1 classes"), ({"features": "image"}, "'image'"), ({"criterion": "exp"}, "'exp'")):
         file.write_text(json.dumps({"kinds": told["kinds"] | change}))
         with pytest.raises(ConfigError, match=word):
             read_heads(tmp_path)
     file.write_text(json.dumps(told))
-    save_file({"other.weight": np.zeros((3, 4), np.float32)}, tmp_path / "classifier.safetensors")
+    save_file({"other.weight": np.zeros((3, 4), np.float32)}, tmp_path / "classifier" / "classifier.safetensors")
     with pytest.raises(ConfigError, match="no head 'kinds'"):
         read_heads(tmp_path)

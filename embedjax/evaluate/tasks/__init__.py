@@ -15,7 +15,7 @@ from embedjax.evaluate.tasks.retrieval import DEPTH, RetrievalData
 from embedjax.evaluate.tasks.side import Side
 from embedjax.load import Model
 
-__all__ = ["DEPTH", "RetrievalData", "TaskData", "evaluate", "prepare", "read"]
+__all__ = ["DEPTH", "RetrievalData", "TaskData", "encoded", "evaluate", "prepare", "read"]
 
 
 @runtime_checkable
@@ -73,7 +73,7 @@ def evaluate(
         data = data.of(model.heads, model.origin, model.config) if isinstance(data, HeadData) else data
         for side in data.sides:
             side.check(model, data.task.dims)
-        whole = _encoded(data, model, mesh, progress)
+        whole = encoded(data, model, mesh, progress)
         for label, dim in zip(data.task.labels, (None, *data.task.dims), strict=True):
             vectors: list[Any] = [
                 side.prefix(model, part, dim) if dim else part for side, part in zip(data.sides, whole, strict=True)
@@ -95,7 +95,7 @@ def check_late(task: Task, model: config.Model) -> None:
             raise ConfigError(f"task {task.name!r} has {odd[0]}, for late interaction alone; the model has one vector a text")
 
 
-def _encoded(
+def encoded(
     data: TaskData, model: Model, mesh: DeviceMesh | None, progress: Callable[[str, int, int], None] | None
 ) -> list[Any]:
     """The vectors of each side, or by late interaction those of its tokens; the progress is that of all of them."""
