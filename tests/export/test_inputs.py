@@ -118,7 +118,10 @@ DAMAGES = {
         lambda f: changed(f / "config_sentence_transformers.json", lambda x: x.update(prompts={"query": 3})),
         "config_sentence_transformers.json: prompt 'query' is 3",
     ),
-    "damaged classes": (lambda f: (f / "classifier" / "classifier.json").write_text("{"), "classifier.json is not readable JSON"),
+    "damaged classes": (
+        lambda f: ((f / "classifier").mkdir(), (f / "classifier" / "classifier.json").write_text("{")),
+        "classifier.json is not readable JSON",
+    ),
 }
 
 
