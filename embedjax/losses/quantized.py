@@ -25,11 +25,14 @@ def binary(x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
 
 def int8(x: Float[Array, "*n D"], counted: Bool[Array, "*n"] | None = None) -> Float[Array, "*n D"]:
     """The middle of the 255th of its dimension's range that a number is in; the range is that of all vectors given, or of those
-    that are `counted`, and takes no gradient. A number that all have is itself."""
+    that are `counted`, and takes no gradient. A number that all have is itself.
+
+    The highest number of a range is in its last 255th: the codes' formula puts it there or just above, as it is rounded.
+    """
     x = floats(x)
     low, high = jax.lax.stop_gradient(_range(x, counted))
     step = (high - low) / 255
-    place = jnp.clip(jnp.floor((x - low) / jnp.where(step == 0, 1, step)), 0, 255)
+    place = jnp.clip(jnp.floor((x - low) / jnp.where(step == 0, 1, step)), 0, 254)
     return _straight_through(x, jnp.where(step == 0, low, low + (place + 0.5) * step))
 
 
@@ -68,10 +71,10 @@ def quantized(
     those of the first precision, and the loss at each by its name."""
 
     def total(vectors: Any, *args) -> Loss:
-        value, metrics = jnp.float32(0), {}
-        for precision, weight in zip(precisions, weights or (1.0,) * len(precisions), strict=True):
-            part, found = loss(store(vectors, precision), *args)
-            value, metrics = value + weight * part, {**found, **metrics, precision: part}
-        return value, metrics
+        each = jax.tree.map(lambda *x: jnp.stack(x), *(store(vectors, precision) for precision in precisions))
+        # One program of the loss for all: in tiles or in a ring it is a large one.
+        found, metrics = jax.lax.map(lambda vectors: loss(vectors, *args), each)
+        factors = jnp.asarray(tuple(weights) or (1.0,) * len(precisions), found.dtype)
+        return (factors * found).sum(), {name: x[0] for name, x in metrics.items()} | dict(zip(precisions, found, strict=True))
 
     return total

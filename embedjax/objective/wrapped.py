@@ -35,9 +35,9 @@ Value = Callable[[Any, dict, Any, Any], tuple[Any, dict]]
 
 
 def wrapped(made: Objective, task: Set, model: Model, embedders: Mapping[str, Embedder]) -> Objective:
-    """The objective of a loss with its prefixes, precisions and layers. In-batch losses of vectors see to the prefixes of floats
-    themselves; a sum's are those of its losses, and so are its precisions. Raises ConfigError for prefixes, columns or layers
-    that are not there."""
+    """The objective of a loss with its prefixes, precisions and layers. In-batch losses of vectors see to prefixes themselves
+    where all are floats; prefixes and precisions of a sum are those of its losses. Raises ConfigError for prefixes, columns or
+    layers that are not there."""
     loss, value = task.loss, made.loss
     if not isinstance(loss, Pooled):
         return made
