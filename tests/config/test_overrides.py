@@ -38,6 +38,7 @@ def test_the_options_are_tyros(capsys):
     assert {name for name, kind in known.items() if kind is not overrides.EMPTY} == shown
     empty = {"--data.sets.0.mine", "--data.sets.1.mine", "--optim.groups", "--evaluate.tasks.1.queries"}
     empty |= {"--data.sets.0.loss.layers", "--data.sets.0.loss.losses.0.layers", "--model.towers.text.late"}
+    empty |= {f"--data.sets.{n}.quantized" for n in ("0.loss", "0.loss.losses.0", "1.loss")}
     assert {name for name, kind in known.items() if kind is overrides.EMPTY} == empty
 
 
