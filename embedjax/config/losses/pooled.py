@@ -44,13 +44,14 @@ class Quantized:
     had not (straight-through: Bengio et al. 2013). Ranges are those of the global batch; by late interaction those of the
     tokens that count."""
 
-    precisions: tuple[Literal["float32", "int8", "binary"], ...] = ("float32", "int8", "binary")
-    """What vectors are stored as, losses summed. uint8 is as int8 here, and ubinary as binary."""
+    precisions: tuple[Literal["float32", "int8", "binary"], ...] = ("float32", "binary")
+    """What vectors are stored as, losses summed; uint8 is as int8 here, and ubinary as binary. int8 loses next to nothing
+    untrained, and training for it too takes from what bits gain."""
     weights: tuple[float, ...] = ()
     """Weight of each; empty for 1."""
     columns: tuple[Literal["anchor", "positive"], ...] = ("anchor", "positive")
     """Whose vectors are: "positive" has the hard negatives with it. Both, as a search by Hamming distance compares them;
-    `("positive",)` where queries stay floats, as in rescoring."""
+    `("positive",)` where queries stay floats, as in rescoring, which gains less."""
 
     def __post_init__(self):
         for field, known in (("precisions", ("float32", "int8", "binary")), ("columns", ("anchor", "positive"))):
