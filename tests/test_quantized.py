@@ -20,7 +20,7 @@ from embedjax.objective.wrapped import chosen_prefixes
 B, D = 16, 12
 DIMS, WEIGHTS = (5, 12), (2.0, 1.0)
 PREFIXES = {"matryoshka": DIMS, "matryoshka_weights": WEIGHTS}
-HOW = config.Quantized(weights=(1.0, 0.5, 0.25))
+HOW = config.Quantized(("float32", "int8", "binary"), (1.0, 0.5, 0.25))
 MESHES = {1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (4, 2)}
 ARCH = config.Bert(vocab_size=32, width=D, depth=1, heads=2, mlp=8, positions=8)
 COLUMNS = ("anchor", "positive", "negative", "negative_2")
@@ -178,8 +178,8 @@ def test_tokens_that_do_not_count_have_no_range():
         (lambda: config.Quantized(("float32",)), "float32 alone"),
         (lambda: config.Quantized(columns=("negative",)), "columns is .*negative"),
         (lambda: config.Quantized(columns=()), "columns is ()"),
-        (lambda: config.Quantized(weights=(1.0, 2.0)), "2 numbers for 3 precisions"),
-        (lambda: config.Quantized(weights=(1.0, -2.0, 1.0)), "Quantized.weights"),
+        (lambda: config.Quantized(weights=(1.0,)), "1 numbers for 2 precisions"),
+        (lambda: config.Quantized(weights=(1.0, -2.0)), "Quantized.weights"),
         (lambda: config.Sum(losses=(config.Triplet(quantized=HOW),), quantized=HOW), "Sum.quantized is set.*Triplet"),
         (lambda: serialize.from_json({"type": "MaskedLanguage", "quantized": None}, config.Loss), "no field 'quantized'"),
         (lambda: make(config.BatchHard(quantized=config.Quantized(columns=("positive",))), columns=("anchor", "label")), "has"),

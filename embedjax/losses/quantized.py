@@ -75,6 +75,7 @@ def quantized(
         # One program of the loss for all: in tiles or in a ring it is a large one.
         found, metrics = jax.lax.map(lambda vectors: loss(vectors, *args), each)
         factors = jnp.asarray(tuple(weights) or (1.0,) * len(precisions), found.dtype)
-        return (factors * found).sum(), {name: x[0] for name, x in metrics.items()} | dict(zip(precisions, found, strict=True))
+        told = {name: x[0] for name, x in metrics.items()}
+        return (factors * found).sum(), {**told, **dict(zip(precisions, found, strict=True))}
 
     return total
