@@ -1,7 +1,8 @@
 """Vectors as they will be stored: to their codes and back, with the gradient straight through. Arrays only.
 
 Forward these are the numbers of `embedjax.quantize`: those of dequantize(quantize(x)). Rounding has derivative 0 or none, so
-backward it counts as the identity (Bengio et al. 2013, the straight-through estimator).
+backward it counts as the identity (Bengio et al. 2013, the straight-through estimator). Clipped (Hubara et al. 2016) and by
+tanh (after Yamada et al. 2021) it trained bits no better: tests/benchmarks/straight_through.py.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence

