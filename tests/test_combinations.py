@@ -72,6 +72,7 @@ LOSSES = {
     "supcon": config.SupCon(),
 }
 PREFIXES = {"matryoshka": (12, 5), "matryoshka_weights": (1.0, 2.0)}
+QUANTIZED = config.Quantized(("float32", "int8"), (1.0, 0.5))
 LAYERS = config.Layers(per_step=2, prior_weight=0.7, weighting="log", kl_weight=0.5)
 WRAPPERS = {
     "alone": lambda loss: loss,
@@ -79,6 +80,8 @@ WRAPPERS = {
     "matryoshka, drawn": lambda loss: dataclasses.replace(loss, **PREFIXES, dims_per_step=1),
     "layers": lambda loss: dataclasses.replace(loss, layers=LAYERS),
     "2d matryoshka": lambda loss: dataclasses.replace(loss, **PREFIXES, dims_per_step=1, layers=LAYERS),
+    "quantized": lambda loss: dataclasses.replace(loss, **PREFIXES, quantized=QUANTIZED),
+    "quantized, 2d": lambda loss: dataclasses.replace(loss, **PREFIXES, dims_per_step=1, layers=LAYERS, quantized=QUANTIZED),
     "sum": lambda loss: config.Sum(losses=(loss, config.GlobalOrthogonal(**PREFIXES)), weights=(0.5, 2.0), layers=LAYERS),
 }
 
@@ -134,6 +137,12 @@ def plain(loss):
 
 
 def check(wrapper, name, path, devices):
+    # In float64 rounding moves no number from one 255th of its range to another.
+    with jax.enable_x64(wrapper.startswith("quantized")):
+        compare(wrapper, name, path, devices)
+
+
+def compare(wrapper, name, path, devices):
     loss = WRAPPERS[wrapper](LOSSES[name])
     made, params, constants, columns, mesh = parts(loss, devices)
     gradient = step.plain(made) if path == "plain" else step.cached(made, 2, mesh)
@@ -168,7 +177,8 @@ FEW = {
     ("matryoshka, drawn", "softmax", "cached"),
     ("layers", "batch all", "cached"),
     ("2d matryoshka", "triplet", "plain"),
-    ("sum", "contrastive", "cached"),
+    ("sum", "cosine regression", "cached"),
+    ("quantized", "contrastive", "cached"),
     ("alone", "kl of a tower", "cached"),
 }
 

@@ -37,6 +37,8 @@ def in_batch(task: Set, model: Model, embedders: Mapping[str, Embedder], mesh: M
             f"set {task.name!r}: {type(loss).__name__}.xtr is {loss.xtr}, which is of late interaction; its towers have one "
             "vector a text"
         )
+    if loss.quantized:  # a prefix has ranges of its own, so it is no partial sum: `wrapped` cuts it
+        loss = dataclasses.replace(loss, matryoshka=(), matryoshka_weights=(), dims_per_step=0)
     guide = _guide(task, loss, model, embedders)
     compare = _comparison(loss, mesh, model.similarity, first_scale(loss, model))
 

@@ -1,4 +1,4 @@
-"""What wraps a loss of vectors, whichever it is: Matryoshka prefixes, earlier layers, and weighted sums.
+"""What wraps a loss of vectors, whichever it is: Matryoshka prefixes, stored vectors, earlier layers, and weighted sums.
 
 A loss that is wrapped takes outputs {"anchor": [B E], "positive": [B C E]}, by `encoding.texts`, with any number of E.
 """
@@ -18,6 +18,7 @@ from embedjax.config import (
     Model,
     ModifiedResnet,
     Pooled,
+    Quantized,
     Resnet,
     Set,
     Static,
@@ -25,7 +26,7 @@ from embedjax.config import (
     VectorDistillation,
 )
 from embedjax.config.errors import ConfigError
-from embedjax.losses import compose
+from embedjax.losses import compose, quantized
 from embedjax.models.embedder import Embedder
 from embedjax.objective.encoding import LAYERS, PREFIXES, drawn, texts
 from embedjax.objective.kinds import Objective
@@ -34,15 +35,19 @@ Value = Callable[[Any, dict, Any, Any], tuple[Any, dict]]
 
 
 def wrapped(made: Objective, task: Set, model: Model, embedders: Mapping[str, Embedder]) -> Objective:
-    """The objective of a loss with its prefixes and layers. In-batch losses of vectors see to their prefixes themselves; a
-    sum's are those of its losses. Raises ConfigError for prefixes or layers that the towers have not."""
+    """The objective of a loss with its prefixes, precisions and layers. In-batch losses of vectors see to prefixes themselves
+    where all are floats; prefixes and precisions of a sum are those of its losses. Raises ConfigError for prefixes, columns or
+    layers that are not there."""
     loss, value = task.loss, made.loss
     if not isinstance(loss, Pooled):
         return made
+    normalized = normalized_prefixes(task, model, embedders)
+    if loss.quantized and not isinstance(loss, Sum):
+        value = _quantized(value, loss.quantized, task, model, normalized)
     if loss.matryoshka:
         require_prefixes(task, model, embedders)
-        if not isinstance(loss, Sum) and (model.late or not isinstance(loss, InBatch)):
-            value = _prefixes(value, loss, normalized_prefixes(task, model, embedders))
+        if not isinstance(loss, Sum) and (model.late or loss.quantized or not isinstance(loss, InBatch)):
+            value = _prefixes(value, loss, normalized)
     if loss.layers and model.late:
         raise ConfigError(f"set {task.name!r} trains earlier layers, which late interaction does not")
     if loss.layers:
@@ -92,6 +97,20 @@ def _prefixes(value: Value, loss: Pooled, normalized: Collection[str]) -> Value:
     return lambda params, outputs, targets, key: total(outputs, params, targets, key, chosen=chosen_prefixes(loss, key))
 
 
+def _quantized(value: Value, how: Quantized, task: Set, model: Model, normalized: Collection[str]) -> Value:
+    if not set(how.columns) & _columns(task):
+        raise ConfigError(f"set {task.name!r}: Quantized.columns is {how.columns}; the set has {sorted(_columns(task))}")
+
+    def total(params, outputs, targets, key):
+        # Losses of late interaction begin their targets with which tokens count.
+        counted = targets[0] if model.late else None
+        store = lambda outputs, precision: quantized.stored(outputs, precision, how.columns, normalized, counted)
+        at = lambda outputs: value(params, outputs, targets, key)
+        return quantized.quantized(at, how.precisions, how.weights, store)(outputs)
+
+    return total
+
+
 def _layers(value: Value, layers: Layers, depth: int) -> Value:
     """The loss at the last layer and at those the step drew, and the divergence between them (Li et al. 2024, eq. 6 to 9)."""
 
@@ -128,10 +147,12 @@ def _depth(task: Set, model: Model, embedders: Mapping[str, Embedder]) -> int:
 
 
 def members(task: Set) -> list[Set]:
-    """The set with each loss of its sum, whose prefixes are each loss's own: losses differ in how they take them."""
+    """The set with each loss of its sum, whose prefixes and precisions are each loss's own: losses differ in how they take
+    them."""
     loss = task.loss
     assert isinstance(loss, Sum)
     shared = {name: getattr(loss, name) for name in ("matryoshka", "matryoshka_weights", "dims_per_step") if loss.matryoshka}
+    shared |= {"quantized": loss.quantized} if loss.quantized else {}
     return [dataclasses.replace(task, loss=dataclasses.replace(each, **shared)) for each in loss.losses]
 
 

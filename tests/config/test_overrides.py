@@ -43,6 +43,7 @@ def test_the_options_are_tyros(capsys):
         "--data.sets.0.loss.losses.0.layers",
         "--model.towers.text.late",
     }
+    empty |= {f"--data.sets.{n}.quantized" for n in ("0.loss", "0.loss.losses.0", "1.loss")}
     assert {name for name, kind in known.items() if kind is overrides.EMPTY} == empty
 
 

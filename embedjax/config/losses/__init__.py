@@ -15,7 +15,7 @@ from embedjax.config.losses.distill import (
 )
 from embedjax.config.losses.inbatch import InBatch, MultipleNegatives, Siglip
 from embedjax.config.losses.pairwise import AnglE, Contrastive, CoSent, CosineRegression, OnlineContrastive, Pairwise
-from embedjax.config.losses.pooled import Layers, Pooled, require_numbers
+from embedjax.config.losses.pooled import Layers, Pooled, Quantized, require_numbers
 from embedjax.config.losses.tokens import DenoisingAutoEncoder, MaskedLanguage
 from embedjax.config.losses.triplet import (
     BatchAll,
@@ -54,6 +54,7 @@ __all__ = [
     "MultipleNegatives",
     "OnlineContrastive",
     "Pooled",
+    "Quantized",
     "Siglip",
     "Single",
     "Sum",
@@ -68,8 +69,8 @@ Single = MultipleNegatives | Siglip | Pairwise | Triplets | Distillation | Globa
 
 @dataclasses.dataclass(frozen=True)
 class Sum(Pooled):
-    """A weighted sum of losses over the same texts, which are encoded once. Prefixes may be those of the sum or of its losses;
-    layers are those of the sum."""
+    """A weighted sum of losses over the same texts, which are encoded once. Prefixes and `quantized` may be those of the sum or
+    of its losses; layers are those of the sum."""
 
     losses: tuple[Single, ...] = ()
     """The losses; the columns of the set are those of all of them."""
@@ -86,8 +87,9 @@ class Sum(Pooled):
         for loss in self.losses:
             if loss.layers:
                 raise ConfigError(f"Sum.losses: {type(loss).__name__} has layers of its own; set them on the Sum")
-            if loss.matryoshka and self.matryoshka:
-                raise ConfigError(f"Sum.matryoshka is set, and that of its {type(loss).__name__} too; set one of them")
+            for field in ("matryoshka", "quantized"):
+                if getattr(self, field) and getattr(loss, field):
+                    raise ConfigError(f"Sum.{field} is set, and that of its {type(loss).__name__} too; set one of them")
         if sum(isinstance(loss, ClassHead) for loss in self.losses) > 1:
             raise ConfigError("Sum.losses: one loss with a class head at most; give the others sets of their own")
         counts = {type(loss).__name__: count for loss in self.losses if (count := getattr(loss, "classes", 0))}

@@ -1,4 +1,5 @@
-"""What every loss of one vector a text has: Matryoshka prefixes, and losses at the outputs of earlier layers."""
+"""What every loss of vectors has: Matryoshka prefixes, vectors as they will be stored, and losses at the outputs of earlier
+layers."""
 
 import dataclasses
 import math
@@ -38,8 +39,35 @@ class Layers:
 
 
 @dataclasses.dataclass(frozen=True)
+class Quantized:
+    """The loss on vectors as they will be stored, too: every prefix goes to its code and back, and the gradient passes as if it
+    had not (straight-through: Bengio et al. 2013). Ranges are those of the global batch; by late interaction those of the
+    tokens that count."""
+
+    precisions: tuple[Literal["float32", "int8", "binary"], ...] = ("float32", "binary")
+    """What vectors are stored as, losses summed; uint8 is as int8 here, and ubinary as binary. int8 is left out at first, as it
+    loses next to nothing untrained."""
+    weights: tuple[float, ...] = ()
+    """Weight of each; empty for 1."""
+    columns: tuple[Literal["anchor", "positive"], ...] = ("anchor", "positive")
+    """Whose vectors are: "positive" has the hard negatives with it. Both, as a search by Hamming distance compares them;
+    `("positive",)` where queries stay floats, as in rescoring, which gains less."""
+
+    def __post_init__(self):
+        for field, known in (("precisions", ("float32", "int8", "binary")), ("columns", ("anchor", "positive"))):
+            found = getattr(self, field)
+            if not found or len(set(found)) < len(found) or not set(found) <= set(known):
+                raise ConfigError(f"Quantized.{field} is {found}; they differ, and are some of {', '.join(known)}")
+        if self.precisions == ("float32",):
+            raise ConfigError('Quantized.precisions is float32 alone, which is the loss as it is; add "int8" or "binary"')
+        if self.weights and len(self.weights) != len(self.precisions):
+            raise ConfigError(f"Quantized.weights has {len(self.weights)} numbers for {len(self.precisions)} precisions")
+        require_numbers(self, "weights")
+
+
+@dataclasses.dataclass(frozen=True)
 class Pooled:
-    """What wraps any loss of one vector a text. With both prefixes and layers it is 2D Matryoshka (Li et al. 2024)."""
+    """What wraps any loss of vectors. With both prefixes and layers it is 2D Matryoshka (Li et al. 2024)."""
 
     needs: ClassVar[tuple[str, ...]] = ("anchor", "positive")  # columns of a batch
     takes: ClassVar[tuple[str, ...]] = ()  # further columns that it uses where they are
@@ -52,6 +80,8 @@ class Pooled:
     """Weight of each prefix; empty for 1."""
     dims_per_step: int = 0
     """How many of the prefixes each step draws; 0 for all."""
+    quantized: Quantized | None = None
+    """Train for vectors that are stored as int8 or bits too, at every prefix; None for floats alone."""
     layers: Layers | None = None
     """Train earlier layers too; None for the last alone."""
 
