@@ -198,7 +198,8 @@ import typing
 from embedjax.config import *
 
 def made(kind):
-    return kind(losses=(Siglip(),)) if kind is Sum else kind(layers=Layers()) if issubclass(kind, Pooled) else kind()
+    whole = {"layers": Layers(), "quantized": Quantized()} if issubclass(kind, Pooled) else {}
+    return kind(losses=(Siglip(),)) if kind is Sum else kind(**whole)
 
 def config():
     losses, sources = map(made, typing.get_args(Loss)), [Tfds(), Functions(), Pictures(), Tar(), Glyphs()] + [File()] * 99
@@ -257,7 +258,15 @@ def test_help_shows_every_field(tmp_path, capsys):
         assert set(options) <= set(told), option
         first = " ".join(documented(kind)[field].split()[:4])
         assert first in out if options != [option] else first in told[option], (option, first)
-    assert hidden == {"mine", "queries", "corpus", "layers", "late", "calibrate"}  # configs of their own that are not there
+    assert hidden == {
+        "mine",
+        "queries",
+        "corpus",
+        "layers",
+        "late",
+        "calibrate",
+        "quantized",
+    }  # configs of their own that are not there
     assert {getattr(c, name) for name in c.__all__ if dataclasses.is_dataclass(getattr(c, name))} <= met
 
 

@@ -35,7 +35,7 @@ FILLED = 32
 # Numbers of dequantized vectors that are scored at a time, and vectors that are quantized at a time.
 NUMBERS = 1 << 24
 QUANTIZED_ROWS = 65536
-FLOATS = ("float32", "float16")
+FLOATS = ("float32", "float16", "bfloat16")
 
 Found = tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]
 """Scores, highest first, and row numbers."""
@@ -268,6 +268,8 @@ def _tiles(documents: Coded, mesh: DeviceMesh, block: int | None) -> Iterator[tu
     rows, turn = sharding.rows(mesh), turned(mesh, documents.precision in FLOATS)
     for at in range(0, len(documents), size):
         part = retrieval.padded(documents.codes, at, size)
+        if documents.precision == "bfloat16":
+            part = part.view(jnp.bfloat16)
         if documents.precision in ("binary", "uint8"):
             part = (part.view(np.uint8) ^ np.uint8(0x80)).view(np.int8 if documents.precision == "uint8" else np.uint8)
         yield at, turn(retrieval.put(words(part) if quantize.in_bits(documents.precision) else part, rows))

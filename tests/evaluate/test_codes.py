@@ -77,7 +77,7 @@ def test_what_rounding_may_hide_is_searched_for_again(precision, monkeypatch):
     np.testing.assert_allclose(scores, wanted[0], atol=2e-6)
 
 
-@pytest.mark.parametrize("precision", ["int8", "float16"])
+@pytest.mark.parametrize("precision", ["int8", "float16", "bfloat16"])
 @pytest.mark.parametrize("scale", [1, 300])
 def test_rounded_products_are_within_their_bound(vectors, precision, scale):
     queries = unit(0, 40) * scale
