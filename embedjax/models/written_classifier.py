@@ -25,7 +25,7 @@ def write_classifier(
 
     Raises ConfigError for a tower or parameters of another form, otherwise as `write_sentence_transformers`.
     """
-    sequence_classification.check_tower(name, tower)
+    sequence_classification.check_tower("text", tower)
     assert tower.arch is not None
     with new_folder(Path(folder), replace) as root:
         config, encoder = encoder_files(tower, params)
