@@ -10,7 +10,8 @@ that stay what they are. The head is exported with the model (classifier.json an
 
     embedjax evaluate runs/classify/export --task head --data test.tsv
 
-gives its accuracy again.
+gives its accuracy again. With `Tower(..., pooling="cls", dense=(Dense(384),), normalize=False)`, 384 being the encoder's width,
+`--export.format classifier` writes encoder and head as one model of transformers' AutoModelForSequenceClassification.
 """
 
 from embedjax.config import Classify, Config, Data, Evaluate, File, HeadAccuracy, Model, Optim, Set, Tower

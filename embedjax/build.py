@@ -34,8 +34,8 @@ from embedjax.evaluate import tasks
 from embedjax.evaluate.encode import asked, side_of
 from embedjax.evaluate.rows import column_of
 from embedjax.evaluate.tasks.heads import HeadData, head_of
-from embedjax.export import check_format
-from embedjax.load import heads_of, make_images, make_texts, read_start, resolve_tower, tokenizer_folders
+from embedjax.export import check_format, classes
+from embedjax.load import adapter_of, heads_of, make_images, make_texts, read_start, resolve_tower, tokenizer_folders
 from embedjax.metrics.pace import train_flops
 from embedjax.models import folders, lora
 from embedjax.models.classifier import Head
@@ -90,6 +90,7 @@ def resolve(config: Config, known: Config | None = None) -> Config:
     _check_towers(config)
     objective.first_values(config.data.tasks, config.model)  # raises where sets differ
     _check_adapters(config)
+    _check_head(config)
     _check_prompts(config)
     _check_tasks(config)
     return config
@@ -142,6 +143,14 @@ def _check_adapters(config: Config) -> None:
                 raise ConfigError(f"{what}, tower {tower!r}: {error}") from error
 
 
+def _check_head(config: Config) -> None:
+    """The head that is to be exported must be there, and read single texts."""
+    if config.export.format == classes.FORMAT:
+        adapter = adapter_of(config.model, config.export.adapter)
+        heads = {name: head for name, head in _untrained_heads(config).items() if head.adapter == adapter}
+        classes.head_of(heads, config.export.head)
+
+
 def _check_prompts(config: Config) -> None:
     """A set's prompt must be one of a tower that reads it, for one side at least."""
     for task in config.data.sets:
@@ -176,8 +185,9 @@ def _check_tasks(config: Config) -> None:
 
 
 def _untrained_heads(config: Config) -> dict[str, Head]:
-    """The class heads as the run will have them, all zeros; made only where one is evaluated."""
-    if not any(isinstance(task, HeadAccuracy) for task in config.evaluate.tasks):
+    """The class heads as the run will have them, all zeros; made only where one is evaluated or is what is exported."""
+    evaluated = any(isinstance(task, HeadAccuracy) for task in config.evaluate.tasks)
+    if not evaluated and config.export.format != classes.FORMAT:
         return {}
     shapes = jax.eval_shape(lambda: _loss_params(config, {n: build_embedder(t) for n, t in config.model.towers.items()}))
     return heads_of(config, {"loss": jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)})

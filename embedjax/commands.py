@@ -236,8 +236,9 @@ def export(arguments: Sequence[str]) -> None:
     def command(
         model: tyro.conf.Positional[str],
         folder: tyro.conf.Positional[str] = "",
-        format: Literal["sentence-transformers", "hf", "open-clip", "pylate"] = "sentence-transformers",
+        format: Literal["sentence-transformers", "hf", "open-clip", "pylate", "classifier"] = "sentence-transformers",
         adapter: str = "",
+        head: str = "",
         program: tuple[Literal["stablehlo", "onnx"], ...] = (),
         weights: Literal["float32", "int8"] = "float32",
         check: bool = False,
@@ -254,9 +255,11 @@ def export(arguments: Sequence[str]) -> None:
             format: sentence-transformers: encoder, pooling and head, read by sentence-transformers, text-embeddings-inference
                 and vLLM, late interaction by sentence-transformers' MultiVectorEncoder; hf: the bare encoder, or CLIPModel and
                 SiglipModel; open-clip: what open_clip loads; pylate: late interaction, read by PyLate and by
-                MultiVectorEncoder. Towers of queries and documents become FOLDER/query and FOLDER/document, of which
-                sentence-transformers' Router makes one model.
+                MultiVectorEncoder; classifier: a model and its class head, read by transformers'
+                AutoModelForSequenceClassification. Towers of queries and documents become FOLDER/query and
+                FOLDER/document, of which sentence-transformers' Router makes one model.
             adapter: Name of the adapter to merge into the kernels, of a run that has several.
+            head: Name of the class head of a classifier, of a model that has several.
             program: Programs to write beside a folder of sentence-transformers: stablehlo runs wherever jax does, onnx in
                 onnxruntime and text-embeddings-inference.
             weights: What the weights of these programs are: float32, or int8 by output channel, a quarter of the size.
@@ -267,12 +270,12 @@ def export(arguments: Sequence[str]) -> None:
             column: Column of the texts or pictures of --calibrate (default: "text" or "image", or the only one).
             dims: Prefixes of the vectors that have ranges of their own, such as 256,128,64, besides the whole vectors.
         """
-        return model, folder, format, adapter, program, weights, check, calibrate, column, numbers(dims)
+        return model, folder, format, adapter, head, program, weights, check, calibrate, column, numbers(dims)
 
     from embedjax.evaluate.arguments import numbers
 
     parsed = parse(command, arguments, prog="embedjax export")
-    name, folder, format, adapter, program, weights, check, sets, column, dims = parsed
+    name, folder, format, adapter, head, program, weights, check, sets, column, dims = parsed
     if (column or dims) and not sets:
         raise ConfigError("--column and --dims are of --calibrate FILE")
     if check and sets:
@@ -293,7 +296,7 @@ def export(arguments: Sequence[str]) -> None:
     from embedjax.load import load
 
     if folder:
-        difference = write(load(name), Path(folder), format, adapter=adapter, programs=program, weights=weights)
+        difference = write(load(name), Path(folder), format, adapter=adapter, head=head, programs=program, weights=weights)
         print(f"exported {folder} (largest difference {difference:.1e})")
     if sets:
         with Display("calibrate") as progress:

@@ -21,7 +21,7 @@ from embedjax.data.image import check as check_images
 from embedjax.data.text import Texts
 from embedjax.data.tokenizer import add_tokens, load_tokenizer
 from embedjax.models import folders, layout, lora, pictures
-from embedjax.models.classifier import Head, read_heads
+from embedjax.models.classifier import Head
 from embedjax.models.embedder import Embedder, build_embedder
 from embedjax.models.families import family_of
 from embedjax.models.image import ImageEmbedder
@@ -68,7 +68,7 @@ def load(name: str | Path) -> Model:
     sides = {"anchor": "text", "positive": "image"} if "image" in parts else {column: role for role, column in ROLES.items()}
     model = configs.Model({**towers}, sides if len(parts) > 1 else {})
     details = {"loss": params["loss"]} if "loss" in params else {}
-    return assemble(model, params, texts, tokenizers, str(name), details, heads=read_heads(folder))
+    return assemble(model, params, texts, tokenizers, str(name), details, heads=folders.read_heads(folder))
 
 
 def _read_side(folder: Path, side: str) -> Tower | ImageTower:

@@ -190,6 +190,7 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
                     difference = export(
                         final, exported, config.export.format, texts=texts, pictures=run.batches.pictures(0, 64),
                         scores=scores, replace=True, title=config.name, adapter=config.export.adapter,
+                        head=config.export.head,
                     )  # fmt: skip
                     status.line(f"exported {_shown(exported)} (parity: largest difference {difference:.0e})")
                     for line in quantize.at_the_end(exported, config.export, prepared):

@@ -225,8 +225,8 @@ class Dense:
     """Width of the output."""
     bias: bool = True
     """Whether it adds a bias."""
-    activation: Literal["tanh", "identity"] = "tanh"
-    """Applied to the output."""
+    activation: Literal["tanh", "relu", "identity"] = "tanh"
+    """Applied to the output. text-embeddings-inference reads no relu, but in DistilBERT's classifiers."""
     residual: bool = False
     """Whether its input is added to the output, by a matrix of its own where the widths differ."""
 

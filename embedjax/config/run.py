@@ -119,11 +119,14 @@ class Evaluate:
 class Export:
     """What is written at the end of the run."""
 
-    format: Literal["sentence-transformers", "hf", "open-clip", "pylate", "none"] = "sentence-transformers"
+    format: Literal["sentence-transformers", "hf", "open-clip", "pylate", "classifier", "none"] = "sentence-transformers"
     """Folder format; open-clip is of a tower of pictures beside one of texts, pylate of late interaction, which
-    sentence-transformers holds too; none writes none."""
+    sentence-transformers holds too; classifier is a model with its class head, of transformers' ...ForSequenceClassification;
+    none writes none."""
     adapter: str = ""
     """Name of the adapter that is merged into the kernels, where a tower has several."""
+    head: str = ""
+    """Name of the set whose class head the classifier format has, where there are several."""
     calibrate: Source | None = None
     """Rows like those that will be stored, 10,000 or more, that the ranges of int8 and uint8 are taken from and saved with the
     model; and what is kept of the tasks' scores at each precision is measured. None takes none."""
@@ -133,6 +136,8 @@ class Export:
     """Prefixes of the vectors that have ranges of their own, besides the whole vectors."""
 
     def __post_init__(self):
+        if self.head and self.format != "classifier":
+            raise ConfigError(f'export.head is of the format "classifier"; export.format is {self.format!r}')
         if self.calibrate is None and (self.calibrate_column or self.dims):
             raise ConfigError("export.dims and calibrate_column are of export.calibrate, which names no rows")
         if self.calibrate is not None and self.format == "none":

@@ -13,16 +13,16 @@ from embedjax import config as configs
 from embedjax.config import ClipText, ImageTower, SiglipText, Static, Tower
 from embedjax.config.errors import ConfigError, StorageError, nearest
 from embedjax.data.tokenizer import save_tokenizer, save_truncating, with_special
-from embedjax.export import card, gate
+from embedjax.export import card, classes, gate
 from embedjax.export import programs as portable
 from embedjax.export.usage import program_usage
 from embedjax.load import Model, adapted
-from embedjax.models import clip, multi_vector, written, written_late, written_pictures
+from embedjax.models import clip, multi_vector, written, written_classifier, written_late, written_pictures
 from embedjax.models.classifier import write_heads
 from embedjax.models.embedder import build_embedder
 from embedjax.models.joint import Part
 
-FORMATS = (*written_pictures.FORMATS, "pylate")
+FORMATS = (*written_pictures.FORMATS, "pylate", classes.FORMAT)
 LATE_FORMATS = ("sentence-transformers", "pylate")
 """Those that hold late interaction."""
 Kind = TypeVar("Kind", Tower, ImageTower)
@@ -45,6 +45,8 @@ def check_format(model: configs.Model, format: str) -> None:
         )
     if model.late and format == "sentence-transformers":
         multi_vector.marked_prompts(next(iter(model.texts.values())))  # raises for prompts that have no place there
+    if format == classes.FORMAT:
+        classes.check(model)
     towers = [model.towers[name] for name in model.routes.values()]
     images = [tower for tower in towers if isinstance(tower, ImageTower)]
     texts = [tower for tower in towers if isinstance(tower, Tower)]
@@ -79,6 +81,7 @@ def export(
     replace: bool = False,
     title: str = "",
     adapter: str = "",
+    head: str = "",
     programs: Sequence[str] = (),
     weights: str = "float32",
 ) -> float:
@@ -90,16 +93,20 @@ def export(
     has it, which MultiVectorEncoder loads too. Late interaction is compared on 64 texts. Of a query and a document tower each
     is a folder of that kind, FOLDER/query and FOLDER/document;
     "sentence-transformers" joins them as a Router. A tower of pictures and one of texts are one CLIPModel or SiglipModel where
-    they can be; else "sentence-transformers" has a Router, FOLDER/text and FOLDER/image. Class heads go beside it. Of several
-    adapters `adapter` names that which is merged into the kernels. `programs` are "stablehlo" and "onnx", written beside a
-    folder of sentence-transformers, with `weights` of float32 or int8. The folder is put in place whole, after the gate.
-    Returns the largest difference; raises CheckFailed above 1e-4, StorageError when the folder exists (unless `replace`),
+    they can be; else "sentence-transformers" has a Router, FOLDER/text and FOLDER/image. Class heads go beside it;
+    "classifier" has one of them, of several that called `head`, in the model, which AutoModelForSequenceClassification loads.
+    Of several adapters `adapter` names that which is merged into the kernels. `programs` are "stablehlo" and "onnx", written
+    beside a folder of sentence-transformers, with `weights` of float32 or int8. The folder is put in place whole, after the
+    gate. Returns the largest difference; raises CheckFailed above 1e-4, StorageError when the folder exists (unless `replace`),
     ConfigError for an unknown format, program or adapter, or other towers.
     """
     folder = folder.absolute()
     check_format(model.config, format)
     portable.check(model.config, programs, weights, format)
+    if head and format != classes.FORMAT:
+        raise ConfigError(f"a head is named for the classifier format; {format} has all of them beside the model, or none")
     model = _finished(adapted(model, adapter))
+    model = classes.with_head(model, head) if format == classes.FORMAT else model
     if folder.is_symlink():
         raise StorageError(f"{folder} is a link; name the folder that is to be written")
     if folder.exists() and not folder.is_dir():
@@ -109,8 +116,9 @@ def export(
     part = folder.with_name(folder.name + ".partial")
     shutil.rmtree(part, ignore_errors=True)
     _write(model, part, format)
-    shown = model if format in ("sentence-transformers", "pylate") else _headless(model)
-    write_heads(part, shown.heads)
+    shown = model if format in ("sentence-transformers", "pylate", classes.FORMAT) else _headless(model)
+    if format != classes.FORMAT:
+        write_heads(part, shown.heads)
     portable.write(_exact(shown), part, programs, weights)
     (part / "README.md").write_text(card.card(shown, title or folder.name, scores, format) + program_usage(programs, weights))
     difference = gate.write(_exact(shown), part, texts, pictures)
@@ -141,6 +149,9 @@ def _write(model: Model, folder: Path, format: str) -> None:
                 written_pictures.write_hf(place, written_pictures.Towers(text=(bare, params, part[2])))
             else:
                 written.write_hf(place, *part[:2], write_tokenizer=part[2])
+    elif format == classes.FORMAT:
+        tower, ((name, head),) = towers["text"], model.heads.items()
+        written_classifier.write_classifier(folder, *tower[:2], name, head, write_tokenizer=tower[2])
     elif model.config.late:
         tower = towers["text"]
         write_late = written_late.write_pylate if format == "pylate" else written_late.write_multi_vector

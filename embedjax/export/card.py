@@ -9,8 +9,9 @@ import jax
 
 from embedjax.config import Config, ImageTower, ModifiedResnet, Resnet, Set, Static, Tower, Vit, serialize
 from embedjax.export.citations import citations
-from embedjax.export.usage import LIBRARIES, TASKS, usage
+from embedjax.export.usage import CLASSIFIES, LIBRARIES, TASKS, usage
 from embedjax.load import Model
+from embedjax.models.classifier import Head
 from embedjax.models.families.static import LONGEST
 from embedjax.models.written import shared_prompts
 
@@ -22,7 +23,7 @@ tags: [{tags}]
 
 # {title}
 
-Maps {what} to vectors of {width} dimensions, {unit}. Trained with embedjax.
+{does} Trained with embedjax.
 
 {towers}
 
@@ -37,13 +38,15 @@ Maps {what} to vectors of {width} dimensions, {unit}. Trained with embedjax.
 def card(model: Model, title: str, scores: Mapping[str, float] | None = None, format: str = "sentence-transformers") -> str:
     """The card of a folder of a format, as Markdown with the front matter the Hugging Face hub reads."""
     routes = {route: model.config.towers[name] for route, name in model.config.routes.items()}
-    parts = [_head(routes, title, format, _numbers(model))]
+    head = next(iter(model.heads.values())) if format == "classifier" else None
+    parts = [_head(routes, title, format, _numbers(model), head)]
     config = model.details.get("config")
     if isinstance(config, Config):
         parts.append(_training(config, model.details.get("step")))
         parts.append("## Citations\n\n" + "\n".join(f"* {paper}" for paper in citations(config)) + "\n")
     late = any(_late(tower) for tower in routes.values())
-    parts.append(_commands(title, config if isinstance(config, Config) else None, _prefixes(routes, late=late)))
+    trained = config if isinstance(config, Config) else None
+    parts.append(_class_commands(title, trained) if head else _commands(title, trained, _prefixes(routes, late=late)))
     if scores:
         rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in scores.items())
         parts.append(f"## Scores\n\n| metric | value |\n|---|---|\n{rows}\n")
@@ -62,7 +65,7 @@ def _numbers(model: Model) -> list[int]:
     return [sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) for params in found]
 
 
-def _head(routes: Mapping[str, Tower | ImageTower], title: str, format: str, sizes: Sequence[int]) -> str:
+def _head(routes: Mapping[str, Tower | ImageTower], title: str, format: str, sizes: Sequence[int], head: Head | None) -> str:
     towers, (first, *_) = routes.values(), routes.values()
     units = {"of length 1" if tower.normalize else "not normalised" for tower in towers}
     names = {route: _seen(tower) if len({*map(type, towers)}) > 1 else route for route, tower in routes.items()}
@@ -79,15 +82,16 @@ def _head(routes: Mapping[str, Tower | ImageTower], title: str, format: str, siz
     searches = len(routes) > 1 or "query" in (first.prompts or {})
     seen = {_seen(tower) for tower in towers}
     kind = " and ".join(sorted(seen, reverse=True))
-    library = LIBRARIES[format] if "picture" in seen or format == "pylate" else LIBRARIES["sentence-transformers"]
+    library = LIBRARIES[format if "picture" in seen or format in ("pylate", "classifier") else "sentence-transformers"]
+    what = " and ".join(f"{name}s" for name in sorted(seen, reverse=True))
+    unit = units.pop() if len(units) == 1 else "of length 1 or not, by tower"
+    task, further = (CLASSIFIES, []) if head else (TASKS[kind], ["feature-extraction"])
     return HEAD.format(
         library=library,
-        task=TASKS[kind],
-        tags=", ".join(dict.fromkeys([library, TASKS[kind], "feature-extraction", "embedjax"])),
+        task=task,
+        tags=", ".join(dict.fromkeys([library, task, *further, "embedjax"])),
         title=title,
-        what=" and ".join(f"{name}s" for name in sorted(seen, reverse=True)),
-        width=first.width,
-        unit=units.pop() if len(units) == 1 else "of length 1 or not, by tower",
+        does=_classes(head) if head else f"Maps {what} to vectors of {first.width} dimensions, {unit}.",
         towers="\n".join(f"| {' | '.join(row)} |" for row in rows),
         use=usage(kind, format, searches=searches, late=_late(first), title=title),
     )
@@ -109,6 +113,21 @@ def _commands(title: str, config: Config | None, dims: Sequence[int]) -> str:
         lines += [f"embedjax encode {title} texts.txt codes.npy --precision int8 --dim {dims[0]}"]
     lines += [f'embedjax search {title} --corpus texts.txt "what is looked for"', f"embedjax export {title} --check"]
     return "## Commands\n\n```\n" + "\n".join(lines) + "\n```\n"
+
+
+def _class_commands(title: str, config: Config | None) -> str:
+    """What to type of a classifier: the same training again, its accuracy, and the check of this folder."""
+    lines = [f"embedjax train {config.name}.py"] if config else []
+    lines += [f"embedjax evaluate {title} --task head --data labelled.tsv", f"embedjax export {title} --check"]
+    return "## Commands\n\n```\n" + "\n".join(lines) + "\n```\n"
+
+
+def _classes(head: Head, most: int = 20) -> str:
+    """What a classifier tells."""
+    more = f" and {len(head.labels) - most} more" if len(head.labels) > most else ""
+    told = ", ".join(head.labels[:most]) + more
+    kind = "which one of {} classes a text is of" if head.criterion == "softmax" else "which of {} labels a text has"
+    return f"Tells {kind.format(len(head.labels))}: {told}."
 
 
 def _seen(tower: Tower | ImageTower) -> str:

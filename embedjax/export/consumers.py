@@ -3,7 +3,7 @@
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +18,12 @@ from embedjax.evaluate.encode import encode
 from embedjax.evaluate.late import encode_tokens
 from embedjax.evaluate.tasks.side import unit
 from embedjax.load import Model, load, make_images
-from embedjax.models import layout, open_clip, pictures
+from embedjax.models import layout, open_clip, pictures, sequence_classification
 
 SIDES = ("texts", "pictures")
 """How the vectors of a model of both are asked for."""
+SCORES = "scores"
+"""How those of a classifier are: logits [N, C] of its head."""
 BATCH = 32
 
 
@@ -54,11 +56,16 @@ def ways(model: Model) -> list[str]:
     return ["vectors", *(role for role in ROLES if role in prompts)]
 
 
-def vectors(model: Model, tried: Tried, ways: Iterable[str]) -> dict[str, np.ndarray]:
-    """The vectors of a model. Raises ConfigError for one that is not asked in such ways."""
+def vectors(model: Model, tried: Tried, ways: Collection[str]) -> dict[str, np.ndarray]:
+    """The vectors of a model, and the scores of its head. Raises ConfigError for one that is not asked in such ways."""
     # Accelerators multiply in less than float32 by default, and other readers may be on a CPU.
     with jax.default_matmul_precision("highest"):
-        return {way: _encoded(model, tried, way) for way in ways}
+        found = {way: _encoded(model, tried, way) for way in ways if way != SCORES}
+    if SCORES in ways:
+        if len(model.heads) != 1 or "vectors" not in found:
+            raise ConfigError(f"{model.origin} has {len(model.heads)} class heads; the scores of one are compared")
+        found[SCORES] = next(iter(model.heads.values())).scores(found["vectors"])
+    return found
 
 
 def _encoded(model: Model, tried: Tried, way: str) -> np.ndarray:
@@ -139,7 +146,23 @@ def by_transformers(folder: Path, tried: Tried, wanted: Vectors) -> float | str:
         pool = {"cls": lambda x: x[:, 0], "mean": mean, None: lambda x: x}[pooling]
         asks = {"vectors": (shown, lambda x: pool(model(**prepare(x))[output]))}
     with torch.no_grad():
-        return difference(wanted, {way: _batched(*ask) for way, ask in asks.items()})
+        return difference(wanted, {way: unit(_batched(*ask)) for way, ask in asks.items()})
+
+
+def by_text_classification(folder: Path, tried: Tried, wanted: Vectors) -> float | str:
+    """The logits of transformers' AutoModelForSequenceClassification and AutoTokenizer."""
+    if not (_installed("torch") and _installed("transformers")):
+        return "not installed"
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    tokenize = lambda texts: tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        found = _batched(tried.texts, lambda batch: model(**tokenize(batch)).logits)
+    return difference({SCORES: wanted[SCORES]}, {SCORES: found})
 
 
 def by_open_clip(folder: Path, tried: Tried, wanted: Vectors) -> float | str:
@@ -161,7 +184,7 @@ def by_open_clip(folder: Path, tried: Tried, wanted: Vectors) -> float | str:
         "pictures": (_squares(_seeing(folder), tried), see),
     }
     with torch.no_grad():
-        return difference(wanted, {way: _batched(*ask) for way, ask in asks.items()})
+        return difference(wanted, {way: unit(_batched(*ask)) for way, ask in asks.items()})
 
 
 def _shown(folder: Path, tried: Tried) -> list[Image.Image]:
@@ -209,14 +232,19 @@ def late_of(folder: Path) -> str:
     return layout.layout(folder).late if (folder / "modules.json").exists() and not layout.routes(folder) else ""
 
 
+def classifies(folder: Path) -> bool:
+    """Whether a folder's model is a classifier."""
+    return sequence_classification.head_name(folder) is not None
+
+
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
 def _batched(items: Sequence[Any], ask: Callable[[Sequence[Any]], Any]) -> np.ndarray:
-    """Vectors of length 1, of torch's."""
+    """What torch gives of items, a batch at a time."""
     found = [ask(items[start : start + BATCH]) for start in range(0, len(items), BATCH)]
-    return unit(np.concatenate([getattr(x, "pooler_output", x).numpy() for x in found]))
+    return np.concatenate([getattr(x, "pooler_output", x).numpy() for x in found])
 
 
 Reader = Callable[[Path, Tried, Vectors], float | str]
@@ -224,5 +252,7 @@ Reader = Callable[[Path, Tried, Vectors], float | str]
 READERS: dict[str, Reader] = {"embedjax": by_embedjax, "sentence-transformers": by_sentence_transformers}
 PICTURE_READERS: dict[str, Reader] = {"transformers": by_transformers, "open_clip": by_open_clip}
 """Those that are asked besides where there are pictures."""
+CLASS_READERS: dict[str, Reader] = {"transformers": by_text_classification}
+"""Those that are asked besides for the scores of a classifier."""
 LATE_READERS: dict[str, Reader] = {"pylate": by_pylate}
 """Those that are asked besides for late interaction."""

@@ -15,7 +15,19 @@ from embedjax.config import ImageTower
 from embedjax.config.errors import CheckFailed, ConfigError
 from embedjax.data.image import decode
 from embedjax.data.text import Texts
-from embedjax.export.consumers import LATE_READERS, PICTURE_READERS, READERS, Tried, by_embedjax, late_of, vectors, ways
+from embedjax.export.consumers import (
+    CLASS_READERS,
+    LATE_READERS,
+    PICTURE_READERS,
+    READERS,
+    SCORES,
+    Tried,
+    by_embedjax,
+    classifies,
+    late_of,
+    vectors,
+    ways,
+)
 from embedjax.export.programs import Rounded, readers
 from embedjax.load import Model
 
@@ -64,14 +76,15 @@ def _kept(encoded: bytes, size: int) -> Image.Image:
 
 def write(model: Model, folder: Path, texts: Sequence[str] = (), pictures: Sequence[bytes] = ()) -> float:
     """Compares the folder with the model on at least 256 texts, by every tower and with the prompts of queries and documents,
-    and on 64 pictures, and leaves texts, pictures and vectors in it as its reference. Where fewer are given, and to a half of
-    the texts always, they are made of random tokens and numbers. Programs in the folder are asked too.
+    and on 64 pictures, and leaves texts, pictures and vectors in it as its reference; of a classifier the scores too. Where
+    fewer are given, and to a half of the texts always, they are made of random tokens and numbers. Programs in the folder are
+    asked too.
 
     Raises CheckFailed when a component differs by more than 1e-4, or a cosine by more than 0.1 where weights are int8. Returns
     the largest difference, but for those.
     """
     tried = Tried(_texts(model, texts), _pictures(model, pictures))
-    wanted = vectors(model, tried, ways(model))
+    wanted = vectors(model, tried, [*ways(model), *([SCORES] if classifies(folder) else [])])
     difference = by_embedjax(folder, tried, wanted)
     (folder / FOLDER).mkdir(exist_ok=True)
     save_file(wanted, folder / FOLDER / "parity.safetensors")
@@ -133,6 +146,7 @@ def check(folder: Path) -> dict[str, float | str]:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ConfigError(f"{folder}: no parity.json and parity.safetensors to check against ({error})") from error
     asked = READERS | (PICTURE_READERS if tried.pictures else {}) | (LATE_READERS if late_of(folder) else {})
+    asked |= CLASS_READERS if classifies(folder) else {}
     found = {name: reader(folder, tried, wanted) for name, reader in asked.items()}
     return found | {name: ask(tried, wanted) for name, ask in readers(folder).items()}
 

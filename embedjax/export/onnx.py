@@ -45,12 +45,16 @@ def write(folder: Path, tower: Tower, params: Mapping[str, np.ndarray], weights:
     graph.onnx.checker.check_model(str(path))
 
 
+NODES = {"tanh": "Tanh", "relu": "Relu"}
+"""The operators of a projection's activation."""
+
+
 def _head(g: Graph, tower: Tower, tokens: str) -> str:
     """`heads.pool`, `heads.project` and `heads.normalize`."""
     x = _pool(g, tokens, str(tower.pooling))
     for n, spec in enumerate(tower.dense or ()):
         before, x = x, g.linear(x, f"dense/{n}")
-        x = g.op("Tanh", x) if spec.activation == "tanh" else x
+        x = g.op(NODES[spec.activation], x) if spec.activation in NODES else x
         if spec.residual:
             own = f"dense/{n}/residual"
             x = g.op("Add", x, g.linear(before, own) if f"{own}/kernel" in g.params else before)

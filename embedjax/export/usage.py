@@ -7,7 +7,9 @@ LIBRARIES = {
     "hf": "transformers",
     "open-clip": "open_clip",
     "pylate": "PyLate",
+    "classifier": "transformers",
 }
+CLASSIFIES = "text-classification"
 TASKS = {
     "text": "sentence-similarity",
     "picture": "image-feature-extraction",
@@ -55,6 +57,10 @@ queries = model.encode_query(["what is looked for"])
 documents = model.encode_document(["a text", "another text"])
 print(model.similarity(queries, documents))""",
 }
+CLASSES = """from transformers import pipeline
+
+classify = pipeline("text-classification", "path/to/{title}", top_k=None, truncation=True)
+print(classify(["a text", "another text"]))"""
 PICTURES = {
     ("text and picture", "sentence-transformers"): OPEN
     + MODEL
@@ -93,6 +99,8 @@ def usage(kind: str, format: str, *, searches: bool, late: bool, title: str) -> 
     `late` interaction one vector a token."""
     if late:
         return LATE[format].format(title=title)
+    if format == "classifier":
+        return CLASSES.format(title=title)
     if kind != "text":
         return PICTURES[kind, format].format(title=title)
     use = ("bare query" if searches else "bare") if format == "hf" else "query" if searches else "text"

@@ -4,7 +4,8 @@ Two kinds: plain Hugging Face folders (config.json, model.safetensors) and sente
 besides), in the legacy spelling (classes under sentence_transformers.models, pooling by booleans, max_seq_length) and in
 that of 5.4 and later (other class paths, `pooling_mode`, the tokenizer's model_max_length). Of a Router each route is read as
 a folder of its own, FOLDER/query and FOLDER/document. Late interaction is kept in three ways: `pylate.py`, `multi_vector.py`,
-`stanford.py`. Texts of CLIP's and SigLIP's models are found by `pictures.py`.
+`stanford.py`; class heads in the model in one, `sequence_classification.py`. Texts of CLIP's and SigLIP's models are found by
+`pictures.py`.
 """
 
 import re
@@ -15,7 +16,8 @@ import numpy as np
 
 from embedjax.config import Architecture, ClipText, SiglipText, Static, Tower
 from embedjax.config.errors import ConfigError, nearest
-from embedjax.models import multi_vector, open_clip, pictures, stanford
+from embedjax.models import classifier, multi_vector, open_clip, pictures, sequence_classification, stanford
+from embedjax.models.classifier import Head
 from embedjax.models.clip import POOLING
 from embedjax.models.families import FAMILIES, described, family_of
 from embedjax.models.families.static import LONGEST, from_model2vec
@@ -64,8 +66,9 @@ def read_tower(folder: str | Path) -> Tower:
     """The fully resolved Tower of a folder, or of a Router's route; its `init` is the folder and its `tokenizer` where the
     tokenizer's files are.
 
-    A plain Hugging Face folder pools by the mean and normalises. Raises ConfigError for an architecture, module or option
-    that is not supported, for code of the folder's own, and for files that are missing, malformed or contradictory.
+    A plain Hugging Face folder pools by the mean and normalises, also one with a class head that we did not write. Raises
+    ConfigError for an architecture, module or option that is not supported, for code of the folder's own, and for files that
+    are missing, malformed or contradictory.
     """
     place = of_side(Path(folder), "text")
     if (joint := pictures.find(place)) is not None:
@@ -94,15 +97,10 @@ def read_tower(folder: str | Path) -> Tower:
         dense = read_dense(found.dense, arch.width, found.late)
     if found.late and settings["max_length"] > (most := family_of(arch).longest(arch)):
         raise ConfigError(f"{folder}: texts are of up to {settings['max_length']} tokens; the encoder has positions for {most}")
-    return Tower(
-        arch=arch,
-        init=str(folder),
-        tokenizer=str(found.encoder),
-        dense=dense,
-        normalize=found.normalize,
-        **pooling,
-        **settings,
-    )
+    head = {"dense": dense, "normalize": found.normalize, **pooling}
+    if found.head is not None:
+        head |= sequence_classification.read_settings(found.encoder, arch)
+    return Tower(arch=arch, init=str(folder), tokenizer=str(found.encoder), **settings | head)
 
 
 def read_params(folder: str | Path, tower: Tower) -> dict[str, Any]:
@@ -124,12 +122,21 @@ def read_params(folder: str | Path, tower: Tower) -> dict[str, Any]:
         return stanford.read_params(found.encoder, tower.arch)
     tensors = _read_static(found.encoder)[1] if found.static else load_tensors(found.encoder)
     encoder = from_tensors(tower.arch, tensors, file=found.encoder)
+    if found.head is not None and not tower.late:
+        return {"encoder": encoder, **sequence_classification.read_dense(found.encoder, tower.arch)}
     if tower.late and not found.late:
         return {"encoder": encoder}  # its projections, if any, are those of a pooled vector
     specs = read_dense(found.dense, tower.arch.width, found.late)
     if specs and specs != tower.dense:
         raise ConfigError(f"{folder} has the projections {specs}, the tower {tower.dense}")
     return {"encoder": encoder, **read_dense_params(found.dense, specs, tower.arch.width)}
+
+
+def read_heads(folder: Path) -> dict[str, Head]:
+    """The class heads of a folder by name: those beside the model, or the one in it. Raises ConfigError for damaged ones."""
+    name = sequence_classification.head_name(folder)
+    beside = classifier.read_heads(folder)
+    return beside if name is None else {name: sequence_classification.read_head(folder, read_arch(folder))}
 
 
 def _read_text_side(folder: Path, found: pictures.Found) -> Tower:

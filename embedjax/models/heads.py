@@ -74,6 +74,10 @@ POOLINGS: dict[str, Callable[..., Array]] = {
 }
 
 
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"tanh": jnp.tanh, "relu": jax.nn.relu, "identity": lambda x: x}
+"""Those of projections."""
+
+
 def init_projections(key: Array, width: int, specs: Sequence[Dense]) -> dict[str, dict[str, Any]]:
     """Random projections {"0": {"kernel", "bias", "residual": {"kernel"}}, ...}, as far as they have these, uniform in
     +-1/sqrt(inputs) as torch's Linear."""
@@ -97,7 +101,7 @@ def project(params: dict[str, dict[str, Any]], x_BD: Float[Array, "*n D"], specs
         x_BD = x_BD @ own["kernel"]
         if spec.bias:
             x_BD = x_BD + own["bias"].reshape(*(1,) * (x_BD.ndim - 1), -1)
-        x_BD = jnp.tanh(x_BD) if spec.activation == "tanh" else x_BD
+        x_BD = ACTIVATIONS[spec.activation](x_BD)
         if spec.residual:
             x_BD = x_BD + (before_BD @ own["residual"]["kernel"] if "residual" in own else before_BD)
     return x_BD

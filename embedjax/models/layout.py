@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from embedjax.config.errors import ConfigError, nearest
 from embedjax.config.model import ROLES
-from embedjax.models import stanford
+from embedjax.models import sequence_classification, stanford
 from embedjax.models.jsonfile import get, read_json, read_list
 
 KINDS = ("Transformer", "Pooling", "Dense", "Normalize", "StaticEmbedding", "CLIPModel", "Router", "MultiVectorMask")
@@ -47,6 +47,8 @@ class Layout(NamedTuple):
     """Folder of what says which tokens are compared, of a multi-vector folder."""
     scale: Path | None = None
     """Folder of what scales to length 1."""
+    head: str | None = None
+    """The name of the class head in the model, of a folder of `sequence_classification.py`."""
     settings: Path | None = None
     """Folder of what holds for the whole model, prompts and similarity; None for a plain folder."""
 
@@ -58,7 +60,8 @@ def layout(folder: Path) -> Layout:
         return _chain(routed[folder.name], folder if own else folder.parent, folder.parent / ROUTER_CONFIG)
     file = folder / "modules.json"
     if not file.exists():
-        return Layout(folder, None, late="stanford" if stanford.is_stanford(folder) else "")
+        head = sequence_classification.head_name(folder)
+        return Layout(folder, None, late="stanford" if stanford.is_stanford(folder) else "", head=head)
     if found := _router(folder):
         sides = {"query": "queries", "document": "documents", "text": "texts", "image": "pictures"}
         first, second = (sides[name] for name in found)

@@ -26,8 +26,9 @@ BOOLEANS = {  # the legacy spelling's key of each pooling
 ENCODER_CONFIGS = tuple(f"sentence_{name}_config.json" for name in ("bert", "roberta", "distilbert", "xlm-roberta"))
 MODEL_TYPES = {"": "SentenceTransformer", "pylate": pylate.MODEL_TYPE, "multi-vector": multi_vector.MODEL_TYPE}
 """What a folder's settings call the model, by who keeps its late interaction so."""
-ACTIVATIONS: dict[str, Literal["tanh", "identity"]] = {
+ACTIVATIONS: dict[str, Literal["tanh", "relu", "identity"]] = {
     "torch.nn.modules.activation.Tanh": "tanh",
+    "torch.nn.modules.activation.ReLU": "relu",
     "torch.nn.modules.linear.Identity": "identity",
 }
 

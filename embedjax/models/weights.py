@@ -6,7 +6,7 @@ stacked on axis 0. A table refuses surprises: every tensor is either named in it
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ Complaints = dict[str, list[str]]
 INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 
 
-def load_tensors(folder: str | Path, stem: str = "model") -> dict[str, np.ndarray]:
-    """All tensors of a folder's `model.safetensors`, or of the shards its `model.safetensors.index.json` lists, by name.
+def load_tensors(folder: str | Path, stem: str = "model", only: Container[str] | None = None) -> dict[str, np.ndarray]:
+    """All tensors of a folder's `model.safetensors`, or of the shards its `model.safetensors.index.json` lists, by name; or
+    `only` those of these names, as far as there are such.
 
     Floating-point tensors of any width come as float32. Raises ConfigError, naming the file, when it is missing, truncated
     or corrupt, when an index points outside the folder, and when there are only pickled weights, which are never read.
@@ -35,9 +36,9 @@ def load_tensors(folder: str | Path, stem: str = "model") -> dict[str, np.ndarra
     folder = Path(folder)
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.exists():
-        return _read_file(single)
+        return _read_file(single, only)
     if index.exists():
-        return _read_shards(index)
+        return _read_shards(index, only)
     if pickled := sorted(path.name for path in folder.glob("*.bin")):
         raise ConfigError(
             f"{folder} holds only pickled weights ({pickled[0]}), which can run code; only safetensors is read: convert with "
@@ -46,11 +47,13 @@ def load_tensors(folder: str | Path, stem: str = "model") -> dict[str, np.ndarra
     raise ConfigError(f"{folder} holds no weights: expected {single.name} or {index.name}")
 
 
-def _read_file(path: Path) -> dict[str, np.ndarray]:
+def _read_file(path: Path, only: Container[str] | None) -> dict[str, np.ndarray]:
     tensors = {}
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 (the file is no mapping)
+                if only is not None and name not in only:
+                    continue
                 kind = file.get_slice(name).get_dtype()
                 if kind not in FLOATS + INTEGERS:
                     raise ConfigError(f"{path}: tensor {name!r} has type {kind}; expected one of {', '.join(FLOATS)}")
@@ -61,15 +64,16 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _read_shards(index: Path) -> dict[str, np.ndarray]:
+def _read_shards(index: Path, only: Container[str] | None) -> dict[str, np.ndarray]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
         raise ConfigError(f"{index}: expected a `weight_map` from tensor names to file names")
+    places = {name: shard for name, shard in places.items() if only is None or name in only}
     tensors: dict[str, np.ndarray] = {}
     for shard in sorted(set(places.values())):
         if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
             raise ConfigError(f"{index} lists the shard {shard!r}; expected the name of a .safetensors file beside it")
-        found = _read_file(index.parent / shard)
+        found = _read_file(index.parent / shard, only)
         if twice := sorted(tensors.keys() & found.keys()):
             raise ConfigError(f"{index.parent / shard} holds tensors that another shard holds too: {_some(twice)}")
         tensors |= found

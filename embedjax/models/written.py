@@ -109,7 +109,7 @@ def write_tower(root: Path, tower: Tower, params: Mapping[str, Any], write_token
     write_encoder(root, tower, params, write_tokenizer)
     if tower.arch is not None and not isinstance(tower.arch, Static):
         write_pooling(root / "1_Pooling", tower.pooling, tower.arch, include_prompt=bool(tower.include_prompt))
-        write_json(root / "sentence_bert_config.json", {"max_seq_length": tower.max_length, "do_lower_case": False})
+        write_length(root, tower)
     write_head(root, modules, tower, params)
     write_prompts(root, tower, VERSIONS)
     return modules
@@ -211,16 +211,28 @@ def new_folder(destination: Path, replace: bool) -> Iterator[Path]:
 
 def write_encoder(root: Path, tower: Tower, params: Mapping[str, Any], write_tokenizer: Callable[[Path], object]) -> None:
     """Writes a tower's encoder and tokenizer."""
+    config, tensors = encoder_files(tower, params)
+    if config:
+        write_json(root / "config.json", config)
+    write_tensors(root / "model.safetensors", tensors)
+    write_tokenizer(root)
+
+
+def encoder_files(tower: Tower, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What config.json, {} for a static table, and model.safetensors hold of a tower's encoder. Raises ConfigError for a tower
+    that is not resolved or longer than its positions, and for parameters that are not its."""
     if tower.arch is None or tower.max_length is None:
         raise ConfigError("the tower to write is not resolved: arch or max_length is None")
     family = family_of(tower.arch)
     if tower.max_length > (most := family.longest(tower.arch)):
         raise ConfigError(f"max_length is {tower.max_length}, but the encoder has positions for {most} tokens")
     tensors = to_tensors(tower.arch, params["encoder"])
-    if not isinstance(tower.arch, Static):
-        write_json(root / "config.json", family.to_hf(tower.arch) | {"torch_dtype": "float32"})
-    write_tensors(root / "model.safetensors", tensors)
-    write_tokenizer(root)
+    return {} if isinstance(tower.arch, Static) else family.to_hf(tower.arch) | {"torch_dtype": "float32"}, tensors
+
+
+def write_length(root: Path, tower: Tower) -> None:
+    """Writes the longest text where sentence-transformers and text-embeddings-inference look for it."""
+    write_json(root / "sentence_bert_config.json", {"max_seq_length": tower.max_length, "do_lower_case": False})
 
 
 def write_pooling(

@@ -74,6 +74,14 @@ def test_projections_are_applied_in_order():
     np.testing.assert_allclose(heads.project(params, x, specs), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_relu_leaves_out_what_is_negative():
+    specs = (Dense(6, True, "relu"),)
+    params = heads.init_projections(jax.random.key(0), 4, specs)
+    before = TOKENS[:, 0] @ params["0"]["kernel"] + params["0"]["bias"][None]
+    assert (before < 0).any() and (before > 0).any()
+    np.testing.assert_allclose(heads.project(params, TOKENS[:, 0], specs), np.maximum(before, 0), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("features", [3, 4], ids=["another width", "the same width"])
 def test_a_residual_is_added_after_the_activation(features):
     specs = (Dense(features, True, "tanh", residual=True), Dense(2, False, "identity"))

@@ -50,7 +50,7 @@ def test_families(family, tmp_path):
 
 HEADS = {
     **{pooling: {"pooling": pooling} for pooling in ("cls", "max", "weightedmean", "lasttoken")},
-    "dense": {"dense": (c.Dense(16, True, "tanh"), c.Dense(8, False, "identity"))},
+    "dense": {"dense": (c.Dense(16, True, "tanh"), c.Dense(12, True, "relu"), c.Dense(8, False, "identity"))},
     "residual": {"dense": (c.Dense(24, True, "tanh", True), c.Dense(8, False, "identity", True))},
     "unnormalized": {"normalize": False, "similarity": "dot"},
 }
