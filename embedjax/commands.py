@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -232,78 +232,29 @@ def mine(arguments: Sequence[str]) -> None:
 
 def export(arguments: Sequence[str]) -> None:
     """export MODEL FOLDER [--calibrate FILE] | export FOLDER --calibrate FILE | export FOLDER --check"""
+    from embedjax.export import arguments as reading
 
-    def command(
-        model: tyro.conf.Positional[str],
-        folder: tyro.conf.Positional[str] = "",
-        format: Literal["sentence-transformers", "hf", "open-clip", "pylate", "classifier"] = "sentence-transformers",
-        adapter: str = "",
-        head: str = "",
-        program: tuple[Literal["stablehlo", "onnx"], ...] = (),
-        weights: Literal["float32", "int8"] = "float32",
-        check: bool = False,
-        calibrate: tuple[str, ...] = (),
-        column: str = "",
-        dims: str = "",
-    ) -> tuple:
-        """Writes a folder that others load, and compares it with the model; or checks a folder written before, or saves ranges
-        in it.
-
-        Args:
-            model: The model; with --check, and with --calibrate but no second folder, the exported folder.
-            folder: Where to write; must not exist or be empty.
-            format: sentence-transformers: encoder, pooling and head, read by sentence-transformers, text-embeddings-inference
-                and vLLM, late interaction by sentence-transformers' MultiVectorEncoder; hf: the bare encoder, or CLIPModel and
-                SiglipModel; open-clip: what open_clip loads; pylate: late interaction, read by PyLate and by
-                MultiVectorEncoder; classifier: a model and its class head, read by transformers'
-                AutoModelForSequenceClassification. Towers of queries and documents become FOLDER/query and
-                FOLDER/document, of which sentence-transformers' Router makes one model.
-            adapter: Name of the adapter to merge into the kernels, of a run that has several.
-            head: Name of the class head of a classifier, of a model that has several.
-            program: Programs to write beside a folder of sentence-transformers: stablehlo runs wherever jax does, onnx in
-                onnxruntime and text-embeddings-inference.
-            weights: What the weights of these programs are: float32, or int8 by output channel, a quarter of the size.
-            check: Read an exported folder in every consumer that is installed and compare with the vectors it was
-                exported with.
-            calibrate: Rows like those that will be stored, 10,000 or more, of which the ranges of int8 and uint8 are taken and
-                saved with the model: FILE, or for a model of two towers query=FILE document=FILE, or text=FILE image=FOLDER.
-            column: Column of the texts or pictures of --calibrate (default: "text" or "image", or the only one).
-            dims: Prefixes of the vectors that have ranges of their own, such as 256,128,64, besides the whole vectors.
-        """
-        return model, folder, format, adapter, head, program, weights, check, calibrate, column, numbers(dims)
-
-    from embedjax.evaluate.arguments import numbers
-
-    parsed = parse(command, arguments, prog="embedjax export")
-    name, folder, format, adapter, head, program, weights, check, sets, column, dims = parsed
-    if (column or dims) and not sets:
-        raise ConfigError("--column and --dims are of --calibrate FILE")
-    if check and sets:
-        raise ConfigError("--check and --calibrate are two commands")
-    if check:
-        from embedjax.export import gate
-
-        found = gate.check(Path(name))
-        for consumer, difference in found.items():
-            print(f"{consumer}\t{gate.told(difference)}")
-        gate.judge(Path(name), found)
-        return
-    if not folder and not sets:
-        raise ConfigError("export needs a folder to write: embedjax export MODEL FOLDER (or export FOLDER --check)")
+    made = reading.parse(arguments)
     from embedjax.evaluate.progress import Display
     from embedjax.export import export as write
-    from embedjax.export import quantize
+    from embedjax.export import gate, quantize
     from embedjax.load import load
 
-    if folder:
-        difference = write(load(name), Path(folder), format, adapter=adapter, head=head, programs=program, weights=weights)
-        print(f"exported {folder} (largest difference {difference:.1e})")
-    if sets:
+    if made.check:
+        found = gate.check(Path(made.model))
+        for consumer, difference in found.items():
+            print(f"{consumer}\t{gate.told(difference)}")
+        gate.judge(Path(made.model), found)
+        return
+    if made.folder:
+        options = {"adapter": made.adapter, "head": made.head, "programs": made.program, "weights": made.weights}
+        difference = write(load(made.model), Path(made.folder), made.format, **options)
+        print(f"exported {made.folder} (largest difference {difference:.1e})")
+    if made.calibrate:
+        place, sets = Path(made.folder or made.model), quantize.sets_of(made.calibrate)
         with Display("calibrate") as progress:
-            found = quantize.save_ranges(
-                Path(folder or name), quantize.sets_of(sets), dims, column=column or None, progress=progress
-            )
-        for line in quantize.told(found):
+            ranges = quantize.save_ranges(place, sets, made.prefixes, column=made.column or None, progress=progress)
+        for line in quantize.told(ranges):
             print(line)
 
 
