@@ -131,7 +131,7 @@ def test_folders_go_both_ways(name, tmp_path):
     for key, value in tensors_of(model).items():
         assert key.endswith("num_batches_tracked") or torch.equal(again.state_dict()[key], torch.tensor(value))
     other = ImageTower(Resnet(image=arch.image, stem=4), init="x")
-    with pytest.raises(ConfigError, match="holds the image tower"):
+    with pytest.raises(ConfigError, match="holds the tower"):
         pictures.read_params(tmp_path / "theirs", "image", other.arch)
 
 
