@@ -20,6 +20,14 @@ SEEN = {Pictures: {"id": "name", "image": "image"}, Tar: {"id": "key", "image": 
 """The columns of queries or documents that are pictures, in a folder and in archives; else _id and image."""
 LABELLED = {Pictures: {"image": "image", "label": "label"}, Tar: {"image": "image", "label": "cls"}}
 """What is classified in a folder of pictures, whose folders are the labels, and in webdataset's archives."""
+OWN: dict[type[Task], tuple[str, ...]] = {
+    config.Classification: ("per_label",),
+    config.KnnClassification: ("k",),
+    config.PairClassification: ("positive",),
+    config.HeadAccuracy: ("head",),
+    config.Retrieval: ("skip_same_id", "pool", "precision", "first", "candidates"),
+}
+"""Options that are fields of one task, with its defaults."""
 
 
 class Asked(NamedTuple):
@@ -31,105 +39,96 @@ class Asked(NamedTuple):
     """Whether at every dimension and precision."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Scores a model."""
+
+    model: tyro.conf.Positional[str]
+    """Run folder, exported folder, Hugging Face or sentence-transformers folder, or hub id."""
+    task: str
+    """sts (correlation with scored pairs), retrieval (each query's documents among all), reranking (among its own candidates),
+    pairs (do two texts belong together), triplets, classification (logistic regression; with --per-label 0 the linear probe),
+    knn, zero-shot (by the names of the classes), head (the model's own class head), clustering (k-means) or bitext
+    (translations)."""
+    data: str
+    """File of rows: of scored or labelled pairs, of query-document pairs or (with --corpus) judgements, of triplets, or of
+    labelled texts or pictures; or a folder of pictures, labelled by the folders they lie in, or webdataset's tar archives,
+    labelled by cls."""
+    columns: str = ""
+    """Ours=theirs, comma-separated, where they differ. Ours: a,b,score (sts); query,document (retrieval; with --corpus
+    query_id,document_id,relevance); query,positive,negative (reranking); a,b,label (pairs); anchor,positive,negative
+    (triplets); text,label or, of pictures, image,label (classification, knn, zero-shot, clustering, and head, which has other
+    for the second text of pairs); source,target (bitext)."""
+    names: str = ""
+    """Comma-separated column names of CSV or TSV files without a header row."""
+    dims: str = ""
+    """Prefixes of the vectors to score as well, such as 256,64."""
+    limit: int = 0
+    """At most so many rows; 0 for all."""
+    prompt: str = ""
+    """Name of the model's prompt or adapter to encode with; without it those of queries and documents are used for them, where
+    the model has such."""
+    train: str = ""
+    """classification, knn: labelled texts or pictures to learn from, with the same columns."""
+    per_label: int = config.Classification.per_label
+    """classification: training rows of each label in each of ten draws; 0 for all rows, once."""
+    k: int = config.KnnClassification.k
+    """knn: nearest texts or pictures that vote."""
+    positive: str = config.PairClassification.positive
+    """pairs: the label of pairs that belong together."""
+    head: str = config.HeadAccuracy.head
+    """head: name of the set that trained it, where the model has several."""
+    queries: str = ""
+    """retrieval, with --corpus: file of queries (columns _id, text; of pictures _id, image)."""
+    corpus: str = ""
+    """retrieval: file of documents (columns _id, text and, if there is one, title; of pictures _id, image)."""
+    query_columns: str = ""
+    """retrieval: columns of --queries where they differ, such as id=qid."""
+    corpus_columns: str = ""
+    """retrieval: columns of --corpus where they differ, such as id=docid,title=headline,text=body."""
+    pictures: str = ""
+    """retrieval: which are pictures: query, document or query,document."""
+    templates: tuple[str, ...] = ()
+    """zero-shot: texts with {} for the name of the class, such as "a photo of a {}.", or files of one a line."""
+    classes: str = ""
+    """zero-shot: names of the classes, comma-separated, or a file: of lines, or a table of label and name. Labels are the names
+    or, of lines and commas, their numbers from 0. Without it all labels that occur."""
+    skip_same_id: bool = config.Retrieval.skip_same_id
+    """retrieval: no query finds the document of its own id (ArguAna, Quora, as BEIR and mteb have them)."""
+    pool: int = config.Retrieval.pool
+    """retrieval, late interaction: keep one vector for so many tokens of a document."""
+    precision: config.Precision = config.Retrieval.precision
+    """retrieval, late interaction: what the numbers of documents' vectors are kept as."""
+    first: str = config.Retrieval.first
+    """retrieval: score the candidates of a first stage alone: bm25, a MODEL of one vector a text or, by late interaction,
+    tokens (the documents of the tokens nearest to a query's)."""
+    candidates: int = config.Retrieval.candidates
+    """retrieval: how many --first finds for a query, of tokens for each of its tokens."""
+    retention: bool = False
+    """retrieval and sts, one vector a text: score whole vectors and those of --dims in float32, float16, int8 and binary, with
+    and without rescoring; the table, a plot and a section of the card are left in an exported folder, which has ranges for int8
+    (export FOLDER --calibrate FILE --dims 256,64)."""
+
+    def fields(self) -> dict[str, Any]:
+        """Those of the task that were given. Raises ConfigError, DataError for what cannot be read."""
+        given: dict[str, Any] = {"source": source_of(self.data, _listed(self.names)), "columns": _pairs(self.columns)}
+        given |= {"limit": self.limit, "prompt": self.prompt, "dims": numbers(self.dims)}
+        given |= {name: source_of(path) for name, path in (("queries", self.queries), ("corpus", self.corpus)) if path}
+        given |= {"train": source_of(self.train, _listed(self.names))} if self.train else {}
+        given |= {"pictures": _listed(self.pictures)} if self.pictures else {}
+        given |= {"templates": _templates(self.templates)} if self.templates else {}
+        given |= {"classes": _classes(self.classes)} if self.classes else {}
+        for kind, names in OWN.items():
+            given |= {name: value for name in names if (value := getattr(self, name)) != getattr(kind, name)}
+        for name, text in (("query_columns", self.query_columns), ("corpus_columns", self.corpus_columns)):
+            given |= {name: _pairs(text, name)} if text else {}
+        return given
+
+
 def parse(arguments: Sequence[str]) -> Asked:
     """The command line, read. Raises ConfigError for an option that the task does not have."""
-
-    def command(
-        model: tyro.conf.Positional[str],
-        task: str,
-        data: str,
-        columns: str = "",
-        names: str = "",
-        dims: str = "",
-        limit: int = 0,
-        prompt: str = "",
-        train: str = "",
-        per_label: int = config.Classification.per_label,
-        k: int = config.KnnClassification.k,
-        positive: str = config.PairClassification.positive,
-        head: str = config.HeadAccuracy.head,
-        queries: str = "",
-        corpus: str = "",
-        query_columns: str = "",
-        corpus_columns: str = "",
-        pictures: str = "",
-        templates: tuple[str, ...] = (),
-        classes: str = "",
-        skip_same_id: bool = config.Retrieval.skip_same_id,
-        pool: int = config.Retrieval.pool,
-        precision: config.Precision = config.Retrieval.precision,
-        first: str = config.Retrieval.first,
-        candidates: int = config.Retrieval.candidates,
-        retention: bool = False,
-    ) -> tuple:
-        """Scores a model.
-
-        Args:
-            model: Run folder, exported folder, Hugging Face or sentence-transformers folder, or hub id.
-            task: sts (correlation with scored pairs), retrieval (each query's documents among all), reranking (among its own
-                candidates), pairs (do two texts belong together), triplets, classification (logistic regression; with
-                --per-label 0 the linear probe), knn, zero-shot (by the names of the classes), head (the model's own class
-                head), clustering (k-means) or bitext (translations).
-            data: File of rows: of scored or labelled pairs, of query-document pairs or (with --corpus) judgements, of
-                triplets, or of labelled texts or pictures; or a folder of pictures, labelled by the folders they lie in, or
-                webdataset's tar archives, labelled by cls.
-            columns: Ours=theirs, comma-separated, where they differ. Ours: a,b,score (sts); query,document (retrieval; with
-                --corpus query_id,document_id,relevance); query,positive,negative (reranking); a,b,label (pairs);
-                anchor,positive,negative (triplets); text,label or, of pictures, image,label (classification, knn, zero-shot,
-                clustering, and head, which has other for the second text of pairs); source,target (bitext).
-            names: Comma-separated column names of CSV or TSV files without a header row.
-            dims: Prefixes of the vectors to score as well, such as 256,64.
-            limit: At most so many rows; 0 for all.
-            prompt: Name of the model's prompt or adapter to encode with; without it those of queries and documents are used for
-                them, where the model has such.
-            train: classification, knn: labelled texts or pictures to learn from, with the same columns.
-            per_label: classification: training rows of each label in each of ten draws; 0 for all rows, once.
-            k: knn: nearest texts or pictures that vote.
-            positive: pairs: the label of pairs that belong together.
-            head: head: name of the set that trained it, where the model has several.
-            queries: retrieval, with --corpus: file of queries (columns _id, text; of pictures _id, image).
-            corpus: retrieval: file of documents (columns _id, text and, if there is one, title; of pictures _id, image).
-            query_columns: retrieval: columns of --queries where they differ, such as id=qid.
-            corpus_columns: retrieval: columns of --corpus where they differ, such as id=docid,title=headline,text=body.
-            pictures: retrieval: which are pictures: query, document or query,document.
-            templates: zero-shot: texts with {} for the name of the class, such as "a photo of a {}.", or files of one a line.
-            classes: zero-shot: names of the classes, comma-separated, or a file: of lines, or a table of label and name. Labels
-                are the names or, of lines and commas, their numbers from 0. Without it all labels that occur.
-            skip_same_id: retrieval: no query finds the document of its own id (ArguAna, Quora, as BEIR and mteb have them).
-            pool: retrieval, late interaction: keep one vector for so many tokens of a document.
-            precision: retrieval, late interaction: what the numbers of documents' vectors are kept as.
-            first: retrieval: score the candidates of a first stage alone: bm25, a MODEL of one vector a text or, by late
-                interaction, tokens (the documents of the tokens nearest to a query's).
-            candidates: retrieval: how many --first finds for a query, of tokens for each of its tokens.
-            retention: retrieval and sts, one vector a text: score whole vectors and those of --dims in float32, float16, int8
-                and binary, with and without rescoring; the table, a plot and a section of the card are left in an exported
-                folder, which has ranges for int8 (export FOLDER --calibrate FILE --dims 256,64).
-        """
-        given: dict[str, Any] = {name: source_of(path) for name, path in (("queries", queries), ("corpus", corpus)) if path}
-        given |= {"train": source_of(train, _listed(names))} if train else {}
-        given |= {"pictures": _listed(pictures)} if pictures else {}
-        given |= {"templates": _templates(templates)} if templates else {}
-        given |= {"classes": _classes(classes)} if classes else {}
-        chosen = (
-            (config.Classification, "per_label", per_label),
-            (config.KnnClassification, "k", k),
-            (config.PairClassification, "positive", positive),
-            (config.HeadAccuracy, "head", head),
-            (config.Retrieval, "skip_same_id", skip_same_id),
-            (config.Retrieval, "pool", pool),
-            (config.Retrieval, "precision", precision),
-            (config.Retrieval, "first", first),
-            (config.Retrieval, "candidates", candidates),
-        )
-        given |= {name: value for kind, name, value in chosen if value != getattr(kind, name)}
-        for name, text in (("query_columns", query_columns), ("corpus_columns", corpus_columns)):
-            given |= {name: _pairs(text, name)} if text else {}
-        source = source_of(data, _listed(names))
-        fields = dict(source=source, columns=_pairs(columns), limit=limit, prompt=prompt, dims=numbers(dims))
-        return model, task, fields | given, retention
-
-    model, kind, fields, retention = overrides.parse(command, arguments, prog="embedjax evaluate")
-    return Asked(model, _task(kind, fields), retention)
+    made = overrides.parse(Arguments, arguments, prog="embedjax evaluate")
+    return Asked(made.model, _task(made.task, made.fields()), made.retention)
 
 
 def _task(name: str, fields: dict[str, Any]) -> Task:
