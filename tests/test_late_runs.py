@@ -15,8 +15,9 @@ from embedjax.__main__ import run as command
 from embedjax.config.errors import ConfigError
 from embedjax.evaluate import tasks
 from embedjax.evaluate.encode import encode
-from embedjax.evaluate.late import TokenVectors, encode_tokens, maxsim_own, maxsim_topk
+from embedjax.evaluate.late import encode_tokens, maxsim_own, maxsim_topk
 from embedjax.evaluate.tasks.side import pairwise
+from embedjax.evaluate.token_vectors import TokenVectors
 from embedjax.load import load
 from embedjax.sharding import make_mesh
 from embedjax.train import train

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 
 from embedjax.data.text import Piece
 from embedjax.evaluate.encode import asked
-from embedjax.evaluate.late import TokenVectors
+from embedjax.evaluate.token_vectors import TokenVectors
 from embedjax.load import Model
 
 

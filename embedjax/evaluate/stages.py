@@ -6,8 +6,8 @@ import numpy as np
 from jax.sharding import Mesh as DeviceMesh
 from jaxtyping import Float, Int
 
-from embedjax.evaluate.late import TokenVectors
 from embedjax.evaluate.retrieval import topk
+from embedjax.evaluate.token_vectors import TokenVectors
 
 Candidates = Sequence[Int[np.ndarray, " n"]]
 """Numbers of some documents for each query, in their order."""

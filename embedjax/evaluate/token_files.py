@@ -21,8 +21,9 @@ from embedjax.data.sources import open_source, source_of
 from embedjax.evaluate.encode import Columns, ahead
 from embedjax.evaluate.engines import Feed, lines
 from embedjax.evaluate.files import Input, Partial, put, stamp_of
-from embedjax.evaluate.late import QUANTIZED_ROWS, TokenEncoder, TokenVectors
+from embedjax.evaluate.late import TokenEncoder
 from embedjax.evaluate.pool import check_factor, pooled
+from embedjax.evaluate.token_vectors import QUANTIZED_ROWS, TokenVectors
 from embedjax.load import Model
 
 BLOCK = 1 << 24

@@ -10,9 +10,9 @@ import numpy as np
 
 from embedjax.config import Bert, DistilBert, ModernBert, Mpnet, Roberta, Static
 from embedjax.export.onnx_graph import Graph
+from embedjax.models.attention import rope_table
 from embedjax.models.families import mpnet
 from embedjax.models.layers import MASKED
-from embedjax.models.ops import rope_table
 
 
 def _length(g: Graph) -> str:
@@ -109,7 +109,7 @@ def _modernbert(g: Graph, arch: ModernBert) -> str:
 
 
 def _rotate(g: Graph, x: str, rope: list[str]) -> str:
-    """`ops.rotate`."""
+    """`attention.rotate`."""
     cos, sin = rope
     low, high = g.op("Split", x, axis=-1), f"Split_{len(g.nodes) - 1} high"
     g.nodes[-1].output.append(high)

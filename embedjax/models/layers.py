@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
-from embedjax.models.ops import ACTIVATIONS, attend, by_rows, dropout, layer_norm, lookup, on_cpu, product, product_int8, rotate
+from embedjax.models.attention import attend, attend_again, rotate
+from embedjax.models.ops import ACTIVATIONS, by_rows, dropout, layer_norm, lookup, on_cpu, product, product_int8
 
 MASKED = -1e9  # finite, so that a row of padding alone still has a softmax and a gradient
 
@@ -33,6 +34,8 @@ class Spec:
     init_std: float = 0.02
     use_bias: bool = True
     compute: str = "float32"
+    remat: bool = False
+    """The layer is computed again for its gradient: what it keeps until then does not matter."""
 
     @classmethod
     def of(cls, arch: Any, **changes) -> "Spec":
@@ -49,7 +52,7 @@ class View(NamedTuple):
     seed: UInt32[Array, "B L"] | None = None
     """Dropout seeds of the tokens in this layer (ops.layer_seeds); None drops nothing."""
     rope: tuple[Float[Array, "L K"], Float[Array, "L K"]] | None = None
-    """Cosine and sine of rotary positions (ops.rope_table)."""
+    """Cosine and sine of rotary positions (attention.rope_table)."""
     attn_norm: Bool[Array, ""] | None = None
     """Pre-norm blocks: False skips the norm before attention; None never skips."""
     memory: Float[Array, "B D"] | None = None
@@ -130,7 +133,9 @@ class Attention(nn.Module):
         q, k, v = (dense(name)(x).reshape(B, x.shape[1], s.heads, -1).swapaxes(1, 2) for name, x in inputs)
         if view.rope is not None:
             q, k = rotate(q, view.rope), rotate(k, view.rope)
-        o_BHLK = attend(q, k, v, view.bias, rate=s.attention_dropout, seed=view.seed, compute=s.compute)
+        # Inside a layer that is computed again scores would be made a third time.
+        form = attend if s.remat else attend_again
+        o_BHLK = form(q, k, v, view.bias, rate=s.attention_dropout, seed=view.seed, compute=s.compute)
         return dense("out")(o_BHLK.swapaxes(1, 2).reshape(B, L, D))
 
 

@@ -1,4 +1,4 @@
-"""The array functions under the layers: products in the compute type, norm, activations, dropout, attention, rotary positions.
+"""The array functions under the layers: products in the compute type, norm, activations, dropout.
 
 Pure functions of arrays, without parameters of their own; axis letters as in `layers.py`.
 """
@@ -7,7 +7,6 @@ import functools
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -239,19 +238,11 @@ def dropout(x: Float[Array, "*n D"], rate: float, seed: UInt32[Array, "*n"] | No
     if seed is None or rate == 0:
         return x
     feature = jnp.arange(x.shape[-1], dtype=jnp.uint32).reshape((1,) * (x.ndim - 1) + (-1,))
-    return _keep(x, seed[..., None], np.uint32(site << 28) + feature, rate)
-
-
-def _drop_scores(p_BHLL, rate, seed_BL):
-    """As dropout, site 0; a query token's features are (head, key position), numbered without regard to the padded length."""
-    _, H, _, M = p_BHLL.shape
-    head = jnp.arange(H, dtype=jnp.uint32)[None, :, None, None] * jnp.uint32(1 << 16)
-    feature = head + jnp.arange(M, dtype=jnp.uint32)[None, None, None, :]
-    return cast(Array, _keep(p_BHLL, seed_BL[:, None, :, None], feature, rate))
+    return keep(x, seed[..., None], np.uint32(site << 28) + feature, rate)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _keep(x, seed, feature, rate):
+def keep(x, seed, feature, rate):
     """A token's features walk the Weyl sequence from its seed; the mixer makes bits of it (splitmix, Steele et al. 2014).
 
     The gradient draws the same mask again: cheaper than to store it.
@@ -259,62 +250,7 @@ def _keep(x, seed, feature, rate):
     return jnp.where(mix(seed + feature * GOLDEN) >= jnp.uint32(int(rate * 2**32)), x / (1 - rate), jnp.zeros((), x.dtype))
 
 
-_keep.defvjp(
-    lambda x, seed, feature, rate: (_keep(x, seed, feature, rate), (seed, feature)),
-    lambda rate, residuals, g: (_keep(g, *residuals, rate), None, None),
+keep.defvjp(
+    lambda x, seed, feature, rate: (keep(x, seed, feature, rate), (seed, feature)),
+    lambda rate, residuals, g: (keep(g, *residuals, rate), None, None),
 )
-
-
-# ---- attention
-
-
-def attend(
-    q: Float[Array, "B H L K"],
-    k: Float[Array, "B H M K"],
-    v: Float[Array, "B H M K"],
-    bias: Float[Array, "..."],
-    *,
-    rate: float,
-    seed: UInt32[Array, "B L"] | None,
-    compute: str,
-) -> Float[Array, "B H L K"]:
-    """softmax(q k' / sqrt(K) + bias) v, probabilities dropped at `rate`; scores and softmax in float32."""
-    dropped, dtype = seed is not None and rate > 0, jnp.dtype(compute)
-    if not dropped and not on_cpu():
-        heads_last = (a.astype(dtype).swapaxes(1, 2) for a in (q, k, v))
-        return jax.nn.dot_product_attention(*heads_last, bias=bias).swapaxes(1, 2).astype(q.dtype)
-    q = q * q.dtype.type(q.shape[-1] ** -0.5)
-    # Heads are a batch axis: up to three times faster on a CPU than products over [B L H K].
-    s_BHLL = jnp.einsum("bhqd,bhkd->bhqk", q.astype(dtype), k.astype(dtype), preferred_element_type=jnp.float32)
-    p_BHLL = cast(Array, _softmax(s_BHLL + bias))
-    p_BHLL = _drop_scores(p_BHLL, rate, seed) if dropped else p_BHLL
-    return jnp.einsum("bhqk,bhkd->bhqd", p_BHLL.astype(dtype), v.astype(dtype), preferred_element_type=q.dtype)
-
-
-@jax.custom_vjp
-def _softmax(x: Array) -> Array:
-    """Over the last axis. Keeps its result for the gradient, where autodiff keeps the exponentials beside it."""
-    return jax.nn.softmax(x, axis=-1)
-
-
-def _softmax_bwd(p, g):
-    return (p * (g - (g * p).sum(-1, keepdims=True)),)
-
-
-_softmax.defvjp(lambda x: (p := _softmax(x), p), _softmax_bwd)
-
-
-def rotate(x: Float[Array, "B H L K"], rope: tuple[Float[Array, "L K"], Float[Array, "L K"]]) -> Float[Array, "B H L K"]:
-    """Rotary positions (Su et al. 2021, equation 34), halves paired as in GPT-NeoX; in float32."""
-    cos, sin = rope
-    y = x.astype(jnp.float32)
-    low, high = jnp.split(y, 2, axis=-1)
-    return (y * cos[None, None] + jnp.concatenate([-high, low], -1) * sin[None, None]).astype(x.dtype)
-
-
-def rope_table(length: int, head_dim: int, theta: float) -> tuple[Float[Array, "L K"], Float[Array, "L K"]]:
-    """Cosine and sine of rotary positions 0 .. length-1."""
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency[None]
-    angle = jnp.concatenate([angle, angle], -1)
-    return jnp.cos(angle), jnp.sin(angle)

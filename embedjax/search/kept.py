@@ -16,8 +16,9 @@ from embedjax.config.errors import StorageError
 from embedjax.evaluate.codes import Coded, coded, ranges_over
 from embedjax.evaluate.encode import asked, fingerprint, side_of
 from embedjax.evaluate.funnel import Prefix, Prefixes, Stage
-from embedjax.evaluate.late import TokenVectors, encode_tokens
+from embedjax.evaluate.late import encode_tokens
 from embedjax.evaluate.tasks.side import comparable, prefixed
+from embedjax.evaluate.token_vectors import TokenVectors
 from embedjax.load import Model
 from embedjax.search.corpus import Corpus, Gallery, Progress
 

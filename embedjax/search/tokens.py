@@ -13,13 +13,14 @@ from embedjax.config import Precision
 from embedjax.config.errors import ConfigError
 from embedjax.evaluate.bm25 import bm25_rank
 from embedjax.evaluate.encode import encode, side_of
-from embedjax.evaluate.late import TokenVectors, encode_tokens, maxsim_topk
+from embedjax.evaluate.late import encode_tokens, maxsim_topk
 from embedjax.evaluate.matches import Match, matches
 from embedjax.evaluate.pool import check_factor, groups, means
 from embedjax.evaluate.retrieval import topk
 from embedjax.evaluate.stages import by_ranking, by_tokens
 from embedjax.evaluate.tasks.first import single
 from embedjax.evaluate.tasks.side import comparable
+from embedjax.evaluate.token_vectors import TokenVectors
 from embedjax.load import Model
 from embedjax.search.corpus import Corpus, Progress
 from embedjax.search.kept import corpus_tokens, corpus_vectors

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/loss.py [--sizes 4096,16384,32768] [--tiled 131072] [--criterion softmax] [--rounds 5] [--width 512]
 
-`--sizes` are measured in all three forms, `--tiled` in the tiled one alone (131072 takes minutes, 262144 four times as long).
+`--sizes` are measured in all three forms, `--tiled` in the tiled one alone and once (131072 takes minutes, 262144
+four times as long).
 Each side is a process of its own; their turns alternate, so that a busy machine slows all, and the ratios are medians over
 turns. Extra memory is the peak resident size less what inputs, gradients and the compiled program take.
 `--preload` is the allocator of all processes.
@@ -157,7 +158,8 @@ def main() -> None:
     for size in sizes:
         print(compare(size, options.sides.split(","), options), flush=True)
     for size in (int(size) for size in options.tiled.split(",") if size):
-        print(compare(size, ["tiled"], argparse.Namespace(**{**vars(options), "rounds": 1})), flush=True)
+        # One turn alone: to warm up is nothing beside minutes.
+        print(compare(size, ["tiled"], argparse.Namespace(**{**vars(options), "rounds": 0})), flush=True)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ class Step:
             placed = sharding.put({"towers": towers}, mesh)
             self.state = self.state._replace(params=self.state.params | placed)
         self.columns = sharding.place(columns, mesh)
-        self.compiled = made.steps[task.name].lower(self.state, {}, self.columns).compile()
+        self.traced = made.steps[task.name].trace(self.state, {}, self.columns)
+        self.compiled = self.traced.lower().compile()
         self.metrics: dict[str, jax.Array] = {}
 
     def __call__(self) -> float:

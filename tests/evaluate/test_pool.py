@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from embedjax.config.errors import ConfigError
-from embedjax.evaluate.late import TokenVectors
 from embedjax.evaluate.pool import groups, means, pooled
+from embedjax.evaluate.token_vectors import TokenVectors
 
 
 def unit(*shape, seed=0):

@@ -6,9 +6,10 @@ import pytest
 
 from embedjax import config as c
 from embedjax.config.errors import ConfigError
-from embedjax.evaluate import late
-from embedjax.evaluate.late import TokenVectors, maxsim_own, maxsim_topk
+from embedjax.evaluate import token_vectors
+from embedjax.evaluate.late import maxsim_own, maxsim_topk
 from embedjax.evaluate.stages import by_ranking, by_tokens, rerank
+from embedjax.evaluate.token_vectors import TokenVectors
 from embedjax.quantize import PRECISIONS, dequantize, quantize, ranges_of
 from embedjax.sharding import make_mesh
 
@@ -29,7 +30,7 @@ def looped(queries, documents):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("width", [16, 12])
 def test_scores_of_quantized_documents_are_those_of_what_they_stand_for(precision, width, monkeypatch):
-    monkeypatch.setattr(late, "QUANTIZED_ROWS", 100)  # several blocks
+    monkeypatch.setattr(token_vectors, "QUANTIZED_ROWS", 100)  # several blocks
     queries, whole = tokens(5, 9, width, 1), tokens(40, 30, width)
     documents = whole if precision == "float32" else whole.quantized(precision)
     ranges = ranges_of(whole.vectors) if "int8" in precision else None

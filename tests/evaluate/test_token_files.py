@@ -15,8 +15,9 @@ from embedjax.data.text import Texts
 from embedjax.evaluate import files, token_files
 from embedjax.evaluate.engines import Feed
 from embedjax.evaluate.files import encode_file
-from embedjax.evaluate.late import TokenEncoder, TokenVectors, encode_tokens, maxsim_topk
+from embedjax.evaluate.late import TokenEncoder, encode_tokens, maxsim_topk
 from embedjax.evaluate.token_files import encode_tokens_file, ranges_of, starts_of
+from embedjax.evaluate.token_vectors import TokenVectors
 from embedjax.models.embedder import build_embedder
 
 LATE = c.Late("", "", query_length=8, document_length=16, expand=False, skip=("w5",))

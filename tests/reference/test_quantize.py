@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from embedjax.evaluate.late import TokenVectors
 from embedjax.evaluate.pool import pooled
+from embedjax.evaluate.token_vectors import TokenVectors
 from embedjax.quantize import PRECISIONS, quantize, ranges_of
 
 torch = pytest.importorskip("torch")

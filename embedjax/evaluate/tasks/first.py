@@ -10,10 +10,10 @@ from jaxtyping import Int
 from embedjax.config import Retrieval
 from embedjax.config.errors import ConfigError
 from embedjax.evaluate.bm25 import bm25_rank
-from embedjax.evaluate.late import TokenVectors
 from embedjax.evaluate.retrieval import topk
 from embedjax.evaluate.stages import by_ranking
 from embedjax.evaluate.tasks.side import Side, comparable
+from embedjax.evaluate.token_vectors import TokenVectors
 from embedjax.load import Model, load
 
 

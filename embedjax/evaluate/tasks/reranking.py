@@ -10,10 +10,10 @@ from jax.sharding import Mesh as DeviceMesh
 from embedjax.config import Reranking, Similarity
 from embedjax.config.errors import DataError
 from embedjax.evaluate import scores
-from embedjax.evaluate.late import TokenVectors
 from embedjax.evaluate.rows import text_at, texts_at
 from embedjax.evaluate.tasks.reading import opened, rows_of
 from embedjax.evaluate.tasks.side import Side, Vectors, own_scores
+from embedjax.evaluate.token_vectors import TokenVectors
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from embedjax.config import Retrieval, Similarity
 from embedjax.config.errors import ConfigError, DataError
 from embedjax.data.sources import BadRow, Source, open_source, select
 from embedjax.evaluate import scores
-from embedjax.evaluate.late import TokenVectors, maxsim_topk
+from embedjax.evaluate.late import maxsim_topk
 from embedjax.evaluate.pictures import Stored
 from embedjax.evaluate.retrieval import topk
 from embedjax.evaluate.rows import key_at, number_at, string_at, text_at
@@ -19,6 +19,7 @@ from embedjax.evaluate.stages import by_tokens, rerank
 from embedjax.evaluate.tasks.first import First, first_of
 from embedjax.evaluate.tasks.reading import opened, picture_at, require, rows_of
 from embedjax.evaluate.tasks.side import Side, Vectors, comparable, own_scores
+from embedjax.evaluate.token_vectors import TokenVectors
 from embedjax.load import Model
 
 # Ranks that the metrics look at.

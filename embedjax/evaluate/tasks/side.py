@@ -11,7 +11,8 @@ from jaxtyping import Float
 from embedjax.config import ImageTower, Similarity, Tower
 from embedjax.config.errors import ConfigError
 from embedjax.evaluate.encode import Columns, Encoder, encoder_of, side_of
-from embedjax.evaluate.late import TokenEncoder, TokenVectors, maxsim_own
+from embedjax.evaluate.late import TokenEncoder, maxsim_own
+from embedjax.evaluate.token_vectors import TokenVectors
 from embedjax.load import Model
 
 Vectors = Float[np.ndarray, "N E"]

@@ -42,7 +42,7 @@ class Tower(nn.Module):
         bias = padding_bias(mask_BL)
         return stack(
             self,
-            PostNormBlock(Spec.of(c, compute=self.compute), parent=None),
+            PostNormBlock(Spec.of(c, compute=self.compute, remat=self.remat), parent=None),
             embedded(c, ids_BL, mask_BL, seed_BL),
             per_layer=jnp.arange(c.depth),
             view=lambda layer: View(bias, layer_seeds(seed_BL, layer)),

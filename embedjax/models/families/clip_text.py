@@ -49,7 +49,7 @@ class Tower(nn.Module):
         padding, causal = padding_bias(mask_BL), jnp.where(later_LL, MASKED, 0.0).astype(jnp.float32)[None, None]
         x_BLD, each = stack(
             self,
-            PreNormBlock(Spec.of(c, compute=self.compute), parent=None),
+            PreNormBlock(Spec.of(c, compute=self.compute, remat=self.remat), parent=None),
             dropout(x_BLD, c.dropout, seed_BL, 3),
             per_layer=jnp.arange(c.depth),
             # The sum is left to each layer, where it fuses with the softmax: stored, it would take B L L floats.

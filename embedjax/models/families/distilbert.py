@@ -46,7 +46,7 @@ class Tower(nn.Module):
         bias = padding_bias(mask_BL)
         return stack(
             self,
-            PostNormBlock(Spec.of(c, compute=self.compute), parent=None),
+            PostNormBlock(Spec.of(c, compute=self.compute, remat=self.remat), parent=None),
             x_BLD,
             per_layer=jnp.arange(c.depth),
             view=lambda layer: View(bias, layer_seeds(seed_BL, layer)),

@@ -8,9 +8,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from embedjax.config.errors import ConfigError
 from embedjax.config.model import ModernBert
+from embedjax.models.attention import rope_table
 from embedjax.models.layers import MASKED, Embed, LayerNorm, PreNormGatedBlock, Spec, View, padding_bias, stack
 from embedjax.models.names import Names, Row, activation_from_hf, activation_to_hf
-from embedjax.models.ops import dropout, layer_seeds, rope_table, token_seeds
+from embedjax.models.ops import dropout, layer_seeds, token_seeds
 
 
 class Tower(nn.Module):
@@ -50,7 +51,7 @@ class Tower(nn.Module):
 
         x_BLD, each = stack(
             self,
-            PreNormGatedBlock(Spec.of(c, compute=self.compute, use_bias=False), parent=None),
+            PreNormGatedBlock(Spec.of(c, compute=self.compute, remat=self.remat, use_bias=False), parent=None),
             x_BLD,
             per_layer=jnp.arange(c.depth),
             view=view,

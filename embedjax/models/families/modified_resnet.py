@@ -16,12 +16,12 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from embedjax.config.errors import ConfigError
 from embedjax.config.resnet import ModifiedResnet
+from embedjax.models.attention import attend
 from embedjax.models.convolution import Convolution, Seen, as_tokens, mean_pool, present
 from embedjax.models.families.resnet import Stage, norm_rows, require_picture
 from embedjax.models.families.vit import interpolated, no_bias
 from embedjax.models.layers import Dense, Embed
 from embedjax.models.names import Names, Row, linear
-from embedjax.models.ops import attend
 
 
 class Tower(nn.Module):

@@ -49,7 +49,7 @@ class Tower(nn.Module):
         relative = embed(c.relative_buckets, c.heads, "relative")(buckets(L, c.relative_buckets)).transpose(2, 0, 1)[None]
         return stack(
             self,
-            PostNormBlock(Spec.of(c, compute=self.compute), parent=None),
+            PostNormBlock(Spec.of(c, compute=self.compute, remat=self.remat), parent=None),
             x_BLD,
             per_layer=jnp.arange(c.depth),
             # The sum is left to each layer, where it fuses with the softmax: stored, it would take B H L L floats.

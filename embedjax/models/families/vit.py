@@ -52,7 +52,7 @@ class Tower(nn.Module):
         if picture != [c.image, c.image, 3]:
             raise ConfigError(f"pictures of {picture} numbers do not fit the tower, which takes {c.image} x {c.image} x 3")
         row_B = jnp.arange(B) if row_B is None else row_B
-        spec = Spec.of(c, compute=self.compute)
+        spec = Spec.of(c, compute=self.compute, remat=self.remat)
         x_BLD = self._embedded(pixels_BHWC, row_B, key)
         if c.input_norm:
             x_BLD = LayerNorm(c.norm_eps, name="norm")(x_BLD)
