@@ -3,10 +3,10 @@
     python tests/benchmarks/parity.py [--cases cosent,nli] [--steps 50] [--dropout --seeds 3]
 
 Without dropout both sides compute the same numbers: the table shows how far the losses of the steps lie apart, and the score
-on held-out data. With `--dropout` each draws its own masks, and the mean score over seeds is compared. Both sides: batches of
-the same rows in the same order, AdamW with the same learning rate, warm-up, linear decay and clipping. The torch side is
-sentence-transformers' own model and loss in a plain loop; both are scored by `embedjax evaluate`. Needs $EMBEDJAX_DATA and the
-reference extra.
+on held-out data. With `--dropout` each draws its own masks, and the mean score over seeds is compared, beside the standard
+error of the difference. Both sides: batches of the same rows in the same order, AdamW with the same learning rate, warm-up,
+linear decay and clipping. The torch side is sentence-transformers' own model and loss in a plain loop; both are scored by
+`embedjax evaluate`. Needs $EMBEDJAX_DATA and the reference extra.
 """
 
 import argparse
@@ -227,7 +227,7 @@ def train_theirs(case: Case, config: c.Config, rows: Sequence[tuple], folder: pa
 
 
 def compare(case: Case, steps: int, seeds: Sequence[int], dropout: bool, work: pathlib.Path) -> dict[str, float]:
-    """Scores of both sides and, without dropout, the largest relative difference of a step's loss."""
+    """Mean scores, the standard error of their difference, and the largest relative difference of a step's loss."""
     from embedjax.evaluate import tasks
     from embedjax.load import load
 
@@ -248,11 +248,13 @@ def compare(case: Case, steps: int, seeds: Sequence[int], dropout: bool, work: p
         apart.append(max(abs(x - y) / max(abs(y), 1e-3) for x, y in zip(a, b, strict=True)))
         ours.append(score(folder / "run"))
         theirs.append(score(folder / "theirs"))
+    between = [a - b for a, b in zip(ours, theirs, strict=True)]
     return {
         "before": score(corpora.minilm()),
         "ours": statistics.mean(ours),
         "theirs": statistics.mean(theirs),
         "apart": max(apart),
+        "error": statistics.stdev(between) / len(between) ** 0.5 if len(between) > 1 else float("nan"),
     }
 
 
@@ -271,12 +273,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--dropout", action="store_true")
     arguments = parser.parse_args()
-    print(f"{'case':<20}{'before':>9}{'theirs':>9}{'ours':>9}{'losses apart':>14}", flush=True)
+    last = "standard error" if arguments.dropout else "losses apart"
+    print(f"{'case':<20}{'before':>9}{'theirs':>9}{'ours':>9}{last:>16}", flush=True)
     for name in arguments.cases.split(","):
         with tempfile.TemporaryDirectory() as work:
             found = compare(CASES[name], arguments.steps, range(arguments.seeds), arguments.dropout, pathlib.Path(work))
-        apart = "" if arguments.dropout else f"{found['apart']:.1e}"
-        print(f"{name:<20}{found['before']:>9.4f}{found['theirs']:>9.4f}{found['ours']:>9.4f}{apart:>14}", flush=True)
+        apart = f"{found['error']:.4f}" if arguments.dropout else f"{found['apart']:.1e}"
+        print(f"{name:<20}{found['before']:>9.4f}{found['theirs']:>9.4f}{found['ours']:>9.4f}{apart:>16}", flush=True)
 
 
 if __name__ == "__main__":
