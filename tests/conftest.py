@@ -10,6 +10,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA aborts a collective whose threads do not all arrive in time, which busy cores make likely. Most of the time goes to
 # compiling programs that run once, and without optimisation that takes half as long.
 FLAGS = " --xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_backend_optimization_level=0"
+# In the order of this scheduler simulated devices enter two collectives as each likes, and wait for each other for ever.
+FLAGS += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 # The older emitters of loops take a third of the new ones' time to compile; later versions of jax know no such flag.
 FLAGS += " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jax").startswith("0.10.")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
