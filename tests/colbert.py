@@ -33,9 +33,9 @@ def tokenizer(folder):
     return folder
 
 
-def model(place, late=LATE, dense=DENSE, prompts=None, seed=0):
+def model(place, late=LATE, dense=DENSE, prompts=None, seed=0, arch=ARCH):
     """A model of one tower; `place` is a folder for its tokenizer."""
-    tower = resolve_tower(c.Tower(arch=ARCH, tokenizer=str(place), late=late, dense=dense, prompts=prompts or {}))
+    tower = resolve_tower(c.Tower(arch=arch, tokenizer=str(place), late=late, dense=dense, prompts=prompts or {}))
     params = jax.device_get(jax.jit(build_embedder(tower).init)(jax.random.key(seed)))
     texts = {"text": make_texts(tower, tokenizer(place))}
     return assemble(c.Model({"text": tower}), {"towers": {"text": params}}, texts, {"text": place}, "here")

@@ -94,7 +94,7 @@ class Decoder(nn.Module):
         tokens_BLD, _ = stack(
             self,
             DecoderBlock(Spec.of(c, compute=self.compute), parent=None),
-            embedded(c, ids_BL, mask_BL, seed_BL),
+            embedded(c, ids_BL, seed_BL),
             per_layer=jnp.arange(c.depth),
             view=lambda layer: View(bias, layer_seeds(seed_BL, layer), memory=memory_BD),
         )

@@ -211,9 +211,11 @@ def padding_bias(mask_BL: Bool[Array, "B L"]) -> Float[Array, "B 1 1 L"]:
     return jnp.where(mask_BL, 0.0, MASKED).astype(jnp.float32)[:, None, None, :]
 
 
-def counted_positions(mask_BL: Bool[Array, "B L"], pad_id: int) -> Int[Array, "B L"]:
-    """Positions as RoBERTa and MPNet number them: real tokens from pad_id + 1 on, padding pad_id."""
-    return jnp.where(mask_BL, pad_id + jnp.cumsum(mask_BL, axis=1), pad_id)
+def counted_positions(ids_BL: Int[Array, "B L"], pad_id: int) -> Int[Array, "B L"]:
+    """Positions as RoBERTa and MPNet number them: tokens from pad_id + 1 on, padding pad_id. What counts as padding is told by
+    the id: late interaction has tokens that no other sees and that are numbered like the rest."""
+    here_BL = ids_BL != pad_id
+    return jnp.where(here_BL, pad_id + jnp.cumsum(here_BL, axis=1), pad_id)
 
 
 def stack(

@@ -81,8 +81,8 @@ def test_text_longer_than_the_position_table_is_refused():
 
 
 def test_roberta_counts_positions_from_after_the_padding_id():
-    mask = jnp.array([[True, True, False], [False, True, True]])
-    assert layers.counted_positions(mask, 1).tolist() == [[2, 3, 1], [1, 2, 3]]
+    ids = jnp.array([[0, 7, 1], [1, 5, 2]])
+    assert layers.counted_positions(ids, 1).tolist() == [[2, 3, 1], [1, 2, 3]]
 
 
 def test_bfloat16_is_close_to_float32():

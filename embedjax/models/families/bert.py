@@ -43,19 +43,17 @@ class Tower(nn.Module):
         return stack(
             self,
             PostNormBlock(Spec.of(c, compute=self.compute, remat=self.remat), parent=None),
-            embedded(c, ids_BL, mask_BL, seed_BL),
+            embedded(c, ids_BL, seed_BL),
             per_layer=jnp.arange(c.depth),
             view=lambda layer: View(bias, layer_seeds(seed_BL, layer)),
             want_layers=want_layers,
         )
 
 
-def embedded(
-    c: Bert | Roberta, ids_BL: Int[Array, "B L"], mask_BL: Bool[Array, "B L"], seed_BL: UInt32[Array, "B L"] | None
-) -> Float[Array, "B L D"]:
+def embedded(c: Bert | Roberta, ids_BL: Int[Array, "B L"], seed_BL: UInt32[Array, "B L"] | None) -> Float[Array, "B L D"]:
     """What the first layer sees, with parameters of the module it is called in."""
     embed = lambda rows, name: Embed(rows, c.width, c.init_std, name=name)
-    places = counted_positions(mask_BL, c.pad_id) if isinstance(c, Roberta) else jnp.arange(ids_BL.shape[1])[None]
+    places = counted_positions(ids_BL, c.pad_id) if isinstance(c, Roberta) else jnp.arange(ids_BL.shape[1])[None]
     x_BLD = embed(c.vocab_size, "tokens")(ids_BL) + embed(c.positions, "positions")(places)
     x_BLD = x_BLD + embed(c.token_types, "types")(jnp.zeros((1, 1), jnp.int32))
     return dropout(LayerNorm(c.norm_eps, name="norm")(x_BLD), c.dropout, seed_BL, 3)

@@ -43,7 +43,7 @@ class Tower(nn.Module):
         embed = lambda rows, width, name: Embed(rows, width, c.init_std, name=name)
         seed_BL = None if key is None else token_seeds(key, jnp.arange(B) if row_B is None else row_B, L)
         x_BLD = embed(c.vocab_size, c.width, "tokens")(ids_BL)
-        x_BLD = x_BLD + embed(c.positions, c.width, "positions")(counted_positions(mask_BL, c.pad_id))
+        x_BLD = x_BLD + embed(c.positions, c.width, "positions")(counted_positions(ids_BL, c.pad_id))
         x_BLD = dropout(LayerNorm(c.norm_eps, name="norm")(x_BLD), c.dropout, seed_BL, 3)
         padding = padding_bias(mask_BL)
         relative = embed(c.relative_buckets, c.heads, "relative")(buckets(L, c.relative_buckets)).transpose(2, 0, 1)[None]
