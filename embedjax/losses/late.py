@@ -45,7 +45,7 @@ def maxsim(query: Tokens, documents: Tokens) -> Float[Array, "B N"]:
     Tokens that do not count are left out exactly: of a document they are never the best, of a query they add nothing. A
     document without tokens scores 0, without gradient.
     """
-    return _summed(_products(query, documents).max(1), query.score)
+    return _summed(_nearest(_products(query, documents)), query.score)
 
 
 def maxsim_own(query: Tokens, documents: Tokens) -> Float[Array, "B C"]:
@@ -69,7 +69,7 @@ def xtr(query: Tokens, documents: Tokens, k: int) -> Float[Array, "B N"]:
     product_NTBQ = _products(query, documents)
     product_BQM = jnp.moveaxis(product_NTBQ.reshape(-1, *product_NTBQ.shape[2:]), 0, -1)
     top_BQK = jax.lax.stop_gradient(jax.lax.top_k(product_BQM, min(k, product_BQM.shape[-1]))[0])
-    return _averaged(product_NTBQ.max(1), top_BQK[..., -1], query.score)
+    return _averaged(_nearest(product_NTBQ), top_BQK[..., -1], query.score)
 
 
 def xtr_tiled(query: Tokens, documents: Tokens, k: int, *, axis: tuple[str, ...] = (), tile: int = 0) -> Float[Array, "B N"]:
@@ -83,6 +83,35 @@ def _products(query: Tokens, documents: Tokens) -> Float[Array, "N T B Q"]:
     numbers that lie side by side."""
     product_NTBQ = jnp.einsum("nte,bqe->ntbq", floats(documents.vectors), floats(query.vectors), precision=HIGHEST)
     return jnp.where(documents.score[..., None, None], product_NTBQ, -jnp.inf)
+
+
+@jax.custom_vjp
+def _nearest(product_NTBQ: Float[Array, "N T B Q"]) -> Float[Array, "N B Q"]:
+    """The largest of each document. Of equal ones, which bits have often, the first takes the gradient in every form."""
+    return product_NTBQ.max(1)
+
+
+def _place(product_NTBQ: Float[Array, "N T B Q"], best_NBQ: Float[Array, "N B Q"]) -> Int[Array, "N B Q"]:
+    """The first place of the best, as argmax has it: that is a loop over numbers on a CPU, and costs as much as the product."""
+    places = _places_of(product_NTBQ)
+    return jnp.where(product_NTBQ == best_NBQ[:, None], places, places.size).min(1)
+
+
+def _places_of(product_NTBQ: Float[Array, "N T B Q"]) -> Int[Array, "1 T 1 1"]:
+    return jnp.arange(product_NTBQ.shape[1], dtype=jnp.int32)[None, :, None, None]
+
+
+def _nearest_forward(product_NTBQ):
+    best_NBQ = product_NTBQ.max(1)
+    return best_NBQ, (_place(product_NTBQ, best_NBQ), _places_of(product_NTBQ))
+
+
+def _nearest_backward(kept, g_NBQ):
+    place_NBQ, places = kept
+    return (jnp.where(places == place_NBQ[:, None], g_NBQ[:, None], 0),)
+
+
+_nearest.defvjp(_nearest_forward, _nearest_backward)
 
 
 def _summed(best: Float[Array, "N B Q"], q_mask: Bool[Array, "B Q"]) -> Float[Array, "B N"]:
@@ -169,9 +198,7 @@ def _compared(
         product_CTRQ = product.reshape(*d_CTE.shape[:2], *q_RQE.shape[:2])
         product_CTRQ = jnp.where(d_mask[..., None, None], product_CTRQ, -jnp.inf)
         best_CRQ = product_CTRQ.max(1)
-        # The first place of the best, as argmax has it: that is a loop over numbers on a CPU, and costs as much as the product.
-        places = jnp.arange(d_CTE.shape[1], dtype=jnp.int32)[None, :, None, None]
-        place_CRQ = jnp.where(product_CTRQ == best_CRQ[:, None], places, places.size).min(1)
+        place_CRQ = _place(product_CTRQ, best_CRQ)
         if k:
             product_RQM = jnp.moveaxis(product_CTRQ.reshape(-1, *q_RQE.shape[:2]), 0, -1)
             top_RQK = jax.lax.top_k(jnp.concatenate([top_RQK, product_RQM], -1), k)[0]

@@ -105,6 +105,16 @@ def test_every_form_equals_loops_in_value_and_gradient(name):
         np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["dense", "tiled", "tiled, ragged", "ring of 4"])
+def test_of_equal_tokens_the_first_moves_in_every_form(name):
+    """Products of bits are equal all the time."""
+    query, documents = (side._replace(vectors=np.sign(side.vectors)) for side in texts())
+    with jax.enable_x64(True):
+        found = both(FORMS[name], query, documents)
+    for x, y in zip(found, looped(query, documents, WEIGHT), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12)
+
+
 XTR = functools.partial(functools.partial, late.xtr_tiled)  # XTR(k=9): a form
 RETRIEVED = {
     "dense": (9, functools.partial(late.xtr, k=9)),
