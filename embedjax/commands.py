@@ -138,9 +138,11 @@ def encode(arguments: Sequence[str]) -> None:
     from embedjax.evaluate.token_files import encode_tokens_file
     from embedjax.load import load
     from embedjax.sharding import make_mesh
+    from embedjax.token_prefix import first_numbers
 
     model, mesh = load(made.model), make_mesh(Mesh())
     late = model.config.late
+    model = first_numbers(model, made.dim) if late and made.dim else model
     write, more = (encode_tokens_file, made.late()) if late else (encode_file, made.single())
     if made.calibrate:
         with Display("calibrate") as progress:
@@ -174,14 +176,16 @@ def search(arguments: Sequence[str]) -> None:
     from embedjax.evaluate.progress import Display
     from embedjax.load import load
     from embedjax.sharding import make_mesh
+    from embedjax.token_prefix import first_numbers
 
     funnel = finder.stages_of(made.funnel)
     model, column = load(made.model), made.column or None
     if made.html and not model.config.late:
         raise ConfigError(f"--html shows which tokens matched; {made.model} has one vector a text")
     first = made.first if made.first in ("", "bm25", "tokens") else load(made.first)
+    model = first_numbers(model, made.dim) if model.config.late and made.dim else model
     tokens = model.config.late or (made.pool, made.first, made.candidates) != (1, "", 100)
-    if tokens and not (made.dim or funnel):
+    if tokens and not funnel:
         how = finder.How(made.pool, made.precision, first, made.candidates)
     else:
         how = finder.Compared(made.dim, made.precision, funnel)
@@ -217,9 +221,9 @@ def mine(arguments: Sequence[str]) -> None:
 
     mesh, scorer = make_mesh(Mesh()), ("the model", None) if made.scores else None
     if made.teacher:
-        scorer = made.teacher, miner.teacher(load(made.teacher), mesh, made.teacher_task or None)
+        scorer = miner.teacher(load(made.teacher), mesh, made.teacher_task or None)
     elif made.cross_encoder:
-        scorer = made.cross_encoder, miner.cross_encoder(made.cross_encoder)
+        scorer = miner.cross_encoder(made.cross_encoder)
     with Stages() as progress:
         found = miner.mine_file(
             load(made.model), made.corpus, made.pairs, made.output, made.how,
@@ -239,6 +243,7 @@ def export(arguments: Sequence[str]) -> None:
     from embedjax.export import export as write
     from embedjax.export import gate, quantize
     from embedjax.load import load
+    from embedjax.token_prefix import first_numbers
 
     if made.check:
         found = gate.check(Path(made.model))
@@ -247,8 +252,10 @@ def export(arguments: Sequence[str]) -> None:
         gate.judge(Path(made.model), found)
         return
     if made.folder:
+        model = load(made.model)
+        model = first_numbers(model, made.dim) if made.dim else model
         options = {"adapter": made.adapter, "head": made.head, "programs": made.program, "weights": made.weights}
-        difference = write(load(made.model), Path(made.folder), made.format, **options)
+        difference = write(model, Path(made.folder), made.format, **options)
         print(f"exported {made.folder} (largest difference {difference:.1e})")
     if made.calibrate:
         place, sets = Path(made.folder or made.model), quantize.sets_of(made.calibrate)
@@ -323,6 +330,8 @@ def doctor(arguments: Sequence[str]) -> None:
         return folders, data, limit
 
     folders, data, limit = parse(command, arguments, prog="embedjax doctor")
+    if limit < 1:
+        raise ConfigError(f"--limit is {limit}; it must be at least 1")
     if data:
         from embedjax.survey import survey
 

@@ -14,7 +14,7 @@ LEVELS = (
     ("optim", "objective", "lock", "checkpoint"),
     ("saves",),
     ("step", "load", "runs", "calibration"),
-    ("evaluate",),
+    ("evaluate", "token_prefix"),
     ("export", "mine"),
     ("build",),
     ("train", "preview", "search", "doctor", "survey", "plan", "launch"),

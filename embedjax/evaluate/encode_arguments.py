@@ -63,9 +63,9 @@ class Arguments:
     """Write the signs alone, as Vespa's tensor<int8>(dt{},x[E/8])."""
 
     def late(self) -> dict[str, Any]:
-        """What is asked of late interaction. Raises ConfigError for what it has not."""
-        if self.dim or self.calibrate:
-            raise ConfigError(f"--{'dim' if self.dim else 'calibrate'} is for models of one vector a text")
+        """What is asked of late interaction, whose model has `dim` numbers already. Raises ConfigError for what it has not."""
+        if self.calibrate:
+            raise ConfigError("--calibrate is for models of one vector a text")
         return {"pool": self.pool, "precision": self.precision, "feed": self._feed("colbert", self.bits)}
 
     def single(self) -> dict[str, Any]:

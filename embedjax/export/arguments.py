@@ -30,6 +30,8 @@ class Arguments:
     """Name of the adapter to merge into the kernels, of a run that has several."""
     head: str = ""
     """Name of the class head of a classifier, of a model that has several."""
+    dim: int = 0
+    """Late interaction: write the model of the first so many numbers of its tokens' vectors (default: all)."""
     program: tuple[Literal["stablehlo", "onnx"], ...] = ()
     """Programs to write beside a folder of sentence-transformers: stablehlo runs wherever jax does, onnx in onnxruntime and
     text-embeddings-inference."""
@@ -56,6 +58,8 @@ def parse(arguments: Sequence[str]) -> Arguments:
     made = overrides.parse(Arguments, arguments, prog="embedjax export")
     if (made.column or made.prefixes) and not made.calibrate:
         raise ConfigError("--column and --dims are of --calibrate FILE")
+    if made.dim and not made.folder:
+        raise ConfigError("--dim is of a folder that is written: embedjax export MODEL FOLDER --dim N")
     if made.check and made.calibrate:
         raise ConfigError("--check and --calibrate are two commands")
     if not (made.check or made.calibrate or made.folder):

@@ -34,7 +34,7 @@ class Arguments:
     precision: Precision = "float32"
     """What the numbers of the corpus's vectors are kept as."""
     dim: int = 0
-    """One vector a text: compare the first so many numbers alone (default: all), for models trained for such prefixes."""
+    """Compare the first so many numbers of the vectors alone (default: all), for models trained for such prefixes."""
     funnel: str = ""
     """One vector a text: stages DIM:PRECISION:SHORTLIST that find what is then compared by --dim and --precision, such as
     64:int8:200, or 64:binary:400,256:int8:100."""
@@ -57,6 +57,6 @@ def parse(arguments: Sequence[str]) -> Arguments:
         raise ConfigError('search looks for a text or a picture: embedjax search MODEL ... "words", or --like PICTURE')
     if made.dim < 0:
         raise ConfigError(f"--dim is {made.dim}; it must be at least 1, or 0 for all numbers")
-    if (made.dim or made.funnel) and (made.pool, made.first, made.candidates) != (1, "", 100):
-        raise ConfigError("--pool, --first and --candidates are for late interaction, --dim and --funnel for one vector a text")
+    if made.funnel and (made.pool, made.first, made.candidates) != (1, "", 100):
+        raise ConfigError("--pool, --first and --candidates are for late interaction, --funnel for one vector a text")
     return made
