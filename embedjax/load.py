@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from embedjax.models.image import ImageEmbedder
 from embedjax.objective import combine
 from embedjax.objective.inbatch import first_scale
 
+_log = logging.getLogger(__name__)
 Kind = TypeVar("Kind", bound=Tower | ImageTower)
 
 
@@ -243,6 +245,11 @@ def _late(tower: Tower, base: Tower) -> dict[str, Any]:
         raise ConfigError(
             f"max_length is {tower.max_length}; late interaction has Late.query_length and Late.document_length instead"
         )
+    if base.late and (
+        other := [f.name for f in dataclasses.fields(late) if getattr(late, f.name) != getattr(base.late, f.name)]
+    ):
+        told = "; ".join(f"{name} {getattr(late, name)!r}, there {getattr(base.late, name)!r}" for name in other)
+        _log.warning("the tower's `late` is not that of %s, whose model may expect its own: %s", tower.init, told)
     found: dict[str, Any] = {"late": late, "max_length": longest}
     if tower.dense is None and not base.late:  # its projections, if any, are those of a pooled vector
         found["dense"] = (Dense(TOKEN_FEATURES, bias=False, activation="identity"),)
@@ -250,16 +257,18 @@ def _late(tower: Tower, base: Tower) -> dict[str, Any]:
 
 
 def read_start(tower: Tower | ImageTower) -> dict[str, Any]:
-    """The parameters that a resolved tower starts from, numpy float32: those of its `init`, a folder, hub id or run. Raises
-    ConfigError where they are of another tower."""
+    """The parameters that a resolved tower starts from, numpy float32: those of its `init`, a folder, hub id or run. Late
+    interaction projects tokens, so that it leaves out the projections of a pooled vector. Raises ConfigError where they are of
+    another tower."""
     kind = ImageTower if isinstance(tower, ImageTower) else Tower
     known = _start(tower.init, kind)
-    if known.dense and known.dense != tower.dense:
+    anew = isinstance(tower, Tower) and isinstance(known, Tower) and bool(tower.late) and not known.late
+    if known.dense and known.dense != tower.dense and not anew:
         raise ConfigError(f"{tower.init} has the projections {known.dense}, the tower {tower.dense}")
     if run := run_of(tower.init):
         model = _from_run(*run)
         params = plain_params(model, _only(model.config, kind, tower.init))
-        params = jax.tree.map(np.asarray, params)
+        params = {name: jax.tree.map(np.asarray, part) for name, part in params.items() if not (anew and name == "dense")}
         return {**params, "encoder": pictures.fitted(params["encoder"], known.arch, tower.arch, tower.init)}
     folder = folders.resolve(tower.init)
     if isinstance(tower, ImageTower):

@@ -1,7 +1,9 @@
 """The errors a user may see, each with the process exit code of the README's table. One line says what, where and what else."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 
 class EmbedjaxError(Exception):
@@ -14,6 +16,15 @@ class ConfigError(EmbedjaxError):
     """A wrong command, config or input: exit 2."""
 
     code = 2
+
+
+@contextlib.contextmanager
+def said_by(file: Path) -> Iterator[None]:
+    """Puts the file that wrong values come from before what a config's own check says of them."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
 
 
 class DataError(EmbedjaxError):

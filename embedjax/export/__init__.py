@@ -59,6 +59,7 @@ def check_format(model: configs.Model, format: str) -> None:
     elif format == "sentence-transformers":
         for tower in texts:
             written.check_tower(tower)
+        written.shared_prompts({route: tower for route, tower in zip(model.routes, towers, strict=True) if tower in texts})
     elif format == "hf":
         for name in model.routes.values():
             arch = model.towers[name].arch
@@ -165,6 +166,9 @@ def _write(model: Model, folder: Path, format: str) -> None:
 
 def _text(model: Model, name: str, format: str) -> written.Part:
     tower, texts = model.config.texts[name], model.texts[name]
+    if tower.late:  # PyLate takes a word that the tokenizer lacks for the unknown token, and skips that
+        known = tuple(word for word in tower.late.skip if texts.tokenizer.token_to_id(word) is not None)
+        tower = dataclasses.replace(tower, late=dataclasses.replace(tower.late, skip=known))
 
     def write_tokenizer(where: Path) -> None:
         if tower.late and format == "sentence-transformers":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from embedjax.config import ROLES, Late, Tower
-from embedjax.config.errors import ConfigError
+from embedjax.config.errors import ConfigError, said_by
 from embedjax.config.late import Side
 from embedjax.models.jsonfile import get, read_json
 
@@ -44,7 +44,8 @@ def read_late(encoder: dict[str, Any], *, longest: int, skip: tuple[str, ...], f
             f"{file}: processing_kwargs of {odd[0]!r} are not supported; its lengths are query_length and document_length"
         )
     lengths = {f"{side}_length": get(encoder, f"{side}_length", int, longest, file=file) for side in ROLES}
-    late = Late("", "", **lengths, expand=False, skip=skip)
+    with said_by(file):
+        late = Late("", "", **lengths, expand=False, skip=skip)
     if (filling := get(encoder, "query_expansion", dict, None, file=file)) is None:
         return late
     strategy, token = (get(filling, key, str, "", file=file) for key in ("strategy", "token"))
@@ -54,7 +55,8 @@ def read_late(encoder: dict[str, Any], *, longest: int, skip: tuple[str, ...], f
         raise ConfigError(f"{file}: query_expansion token {token!r} is not supported; expected {' or '.join(MASK_TOKENS)}")
     length = get(filling, "length", int, 0, file=file)
     attend = get(filling, "attend", bool, False, file=file)
-    return dataclasses.replace(late, query_length=length, expand=True, attend=attend)
+    with said_by(file):
+        return dataclasses.replace(late, query_length=length, expand=True, attend=attend)
 
 
 def read_skip(folder: Path) -> tuple[str, ...]:

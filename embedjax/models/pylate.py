@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from embedjax.config import Late, Tower
-from embedjax.config.errors import ConfigError
+from embedjax.config.errors import ConfigError, said_by
 from embedjax.models.jsonfile import get
 
 MODEL_TYPE, SIMILARITY = "ColBERT", "MaxSim"
@@ -39,7 +39,8 @@ def read_late(settings: dict[str, Any], *, file: Path) -> Late:
             found[ours] = tuple(map(str, value)) if kind is list else value
     if not found.get("expand", True):
         found["attend"] = False  # of tokens that are not there
-    return dataclasses.replace(PLAIN, **found)
+    with said_by(file):
+        return dataclasses.replace(PLAIN, **found)
 
 
 def settings_of(tower: Tower) -> dict[str, Any]:

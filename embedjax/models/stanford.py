@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from embedjax.config import TOKEN_FEATURES, Architecture, Dense, Late
-from embedjax.config.errors import ConfigError
+from embedjax.config.errors import ConfigError, said_by
 from embedjax.models.jsonfile import get, read_json
 from embedjax.models.weights import Complaints, assemble, load_tensors, misfit, refuse, sort_out
 
@@ -43,14 +43,16 @@ def read_late(folder: Path) -> tuple[Late, Dense]:
     for key, ours in (("similarity", "cosine"), ("interaction", "colbert")):
         if (found := get(metadata, key, str, ours, file=file)) != ours:
             raise ConfigError(f"{file}: {key} {found!r} is not supported; late interaction here has {ours!r}")
-    late = Late(
-        query_marker=get(metadata, "query_token_id", str, PLAIN.query_marker, file=file),
-        document_marker=get(metadata, "doc_token_id", str, PLAIN.document_marker, file=file),
-        query_length=get(metadata, "query_maxlen", int, PLAIN.query_length, file=file),
-        document_length=get(metadata, "doc_maxlen", int, PLAIN.document_length, file=file),
-        attend=get(metadata, "attend_to_mask_tokens", bool, PLAIN.attend, file=file),
-        skip=PLAIN.skip if get(metadata, "mask_punctuation", bool, True, file=file) else (),
-    )
+    found = {
+        "query_marker": get(metadata, "query_token_id", str, PLAIN.query_marker, file=file),
+        "document_marker": get(metadata, "doc_token_id", str, PLAIN.document_marker, file=file),
+        "query_length": get(metadata, "query_maxlen", int, PLAIN.query_length, file=file),
+        "document_length": get(metadata, "doc_maxlen", int, PLAIN.document_length, file=file),
+        "attend": get(metadata, "attend_to_mask_tokens", bool, PLAIN.attend, file=file),
+        "skip": PLAIN.skip if get(metadata, "mask_punctuation", bool, True, file=file) else (),
+    }
+    with said_by(file):
+        late = Late(**found)
     features = get(metadata, "dim", int, TOKEN_FEATURES, file=file)
     if features < 1:
         raise ConfigError(f"{file}: dim is {features}; it must be at least 1")

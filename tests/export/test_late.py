@@ -13,7 +13,7 @@ from embedjax.config.errors import CheckFailed, ConfigError
 from embedjax.data.tokenizer import save_tokenizer, train_wordpiece
 from embedjax.evaluate.late import encode_tokens
 from embedjax.export import check_format, export, gate
-from embedjax.load import assemble, load, make_texts, resolve_tower
+from embedjax.load import assemble, load, make_texts, read_start, resolve_tower
 from embedjax.models.embedder import build_embedder
 from embedjax.models.folders import read_params, read_tower
 
@@ -168,7 +168,7 @@ ENCODER, SETTINGS = "sentence_bert_config.json", "config_sentence_transformers.j
     [
         (ENCODER, {"query_expansion": {"strategy": "min", "length": 12}}, "strategy 'min' is not supported"),
         (ENCODER, {"query_expansion": {"strategy": "fixed", "length": 12, "token": "[PAD]"}}, "token '\\[PAD\\]'"),
-        (ENCODER, {"query_expansion": {"strategy": "fixed"}}, "query_length is 0"),
+        (ENCODER, {"query_expansion": {"strategy": "fixed"}}, "sentence_bert_config.json: Late.query_length is 0"),
         (ENCODER, {"processing_kwargs": {"text": {"max_length": 8}}}, "processing_kwargs of 'text'"),
         (ENCODER, {"document_length": 99}, "of up to 99 tokens; the encoder has positions for 32"),
         (MASK, {"skiplist_tasks": ["query", "document"]}, "skiplist_tasks"),
@@ -262,7 +262,33 @@ def test_a_token_head_on_another_models_encoder_starts_anew(model, tmp_path):
         c.Tower(init=str(tmp_path / "pooled"), late=dataclasses.replace(LATE, query_marker="", document_marker=""))
     )
     assert tower.dense == (c.Dense(128, False, "identity"),) and tower.max_length == 20
-    assert read_params(tmp_path / "pooled", tower).keys() == {"encoder"}
+    assert read_params(tmp_path / "pooled", tower).keys() == {"encoder"} == read_start(tower).keys()
+
+
+def test_lengths_of_ones_own_on_a_folder_of_late_interaction_are_told(model, tmp_path, caplog):
+    """A `late` takes the place of all that the folder says."""
+    export(model, tmp_path / "late")
+    same = resolve_tower(c.Tower(init=str(tmp_path / "late")))
+    assert same.late == resolve_tower(c.Tower(init=str(tmp_path / "late"), late=same.late)).late and not caplog.text
+    longer = dataclasses.replace(same.late, document_length=same.late.document_length + 2)
+    assert resolve_tower(c.Tower(init=str(tmp_path / "late"), late=longer)).late == longer
+    assert f"document_length {longer.document_length}, there {same.late.document_length}" in caplog.text
+    assert "query_length" not in caplog.text
+
+
+def test_words_that_the_tokenizer_lacks_are_not_written(model, tmp_path):
+    """PyLate would take one for the unknown token, and skip that."""
+    tower = model.config.towers["text"]
+    late = dataclasses.replace(tower.late, skip=(*tower.late.skip, "no-such-word"))
+    config = c.Model({"text": dataclasses.replace(tower, late=late)})
+    for format, file, key in (
+        ("pylate", "config_sentence_transformers.json", "skiplist_words"),
+        ("sentence-transformers", "3_MultiVectorMask/config.json", "skiplist_words"),
+    ):
+        export(dataclasses.replace(model, config=config), tmp_path / format, format)
+        known = model.texts["text"].tokenizer.token_to_id
+        written = json.loads((tmp_path / format / file).read_text())[key]
+        assert written == [word for word in tower.late.skip if known(word) is not None]
 
 
 def test_formats_that_do_not_fit_are_told_before_training(model):

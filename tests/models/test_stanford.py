@@ -55,6 +55,7 @@ def test_what_the_metadata_does_not_say_is_colberts_default(folder):
         ({"similarity": "l2"}, "similarity 'l2' is not supported"),
         ({"interaction": "flipr"}, "interaction 'flipr' is not supported"),
         ({"query_maxlen": "32"}, "query_maxlen"),
+        ({"query_maxlen": 2}, "artifact.metadata: Late.query_length is 2; a text of one token"),
         ({"doc_maxlen": 220}, "of up to 220 tokens; the encoder has positions for 40"),
         ({"dim": 0}, "dim is 0"),
     ],
