@@ -122,6 +122,13 @@ def test_what_is_learned_is_shared_by_sets_and_what_is_fixed_is_not():
     assert objective.first_values(agreed, MODEL) == {"scale": 10.0, "bias": -10.0}
 
 
+def test_sums_of_many_cosines_begin_with_scale_one():
+    late = config.Model({"text": config.Tower(arch=ARCH, max_length=8, late=config.Late())})
+    begun = lambda loss, model: objective.first_values(sets(loss), model)["scale"]
+    assert (begun(config.Siglip(), MODEL), begun(config.Siglip(), late), begun(config.Siglip(xtr=9), late)) == (10, 1, 10)
+    assert begun(config.Siglip(scale=2.0), late) == 2
+
+
 @pytest.mark.parametrize("name", ["scale", "bias", "a/b"])
 def test_a_set_has_no_name_of_what_losses_learn(name):
     with pytest.raises(ConfigError, match=f"named '{name}'"):

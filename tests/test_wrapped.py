@@ -251,6 +251,7 @@ def test_dot_products_are_compared_as_they_are():
         (config.BatchHard(), ("anchor", "positive", "label"), "knows no column 'positive'"),
         (config.MarginMse(), (*COLUMNS, "score"), "2 or 3|3 or 2"),
         (config.KlDistillation(), (*COLUMNS, "score", "score_2"), "needs 3 score columns"),
+        (config.MarginMse(), ("anchor", "positive", "score"), "not of the negatives that are mined"),
         (config.VectorDistillation(), (*COLUMNS, "vector"), "knows no column 'negative'"),
         (config.MarginMse(teacher="nobody"), COLUMNS, "nobody"),
         (config.ContrastiveDistillation(), COLUMNS, "needs a `teacher`"),
@@ -259,8 +260,9 @@ def test_dot_products_are_compared_as_they_are():
     ],
 )
 def test_sets_that_a_loss_cannot_use_are_refused(loss, columns, word):
+    mine = {"mine": config.Mine()} if "are mined" in word else {}
     with pytest.raises(ConfigError, match=word):
-        make(loss, *columns)
+        make(loss, *columns, **mine)
 
 
 @pytest.mark.parametrize(

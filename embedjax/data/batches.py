@@ -266,7 +266,8 @@ class Batches:
 
 
 def _table(data: Data, layouts: Sequence[Layout], texts: Mapping[str, Texts]) -> Table:
-    """The buckets, or one of the towers' maxima. Raises ConfigError for a bucket longer than a tower takes."""
+    """The buckets, or one of the towers' maxima. Raises ConfigError for a bucket longer than a tower takes, or shorter than
+    it fills."""
     used = list(dict.fromkeys(tower_column(name) for layout in layouts for name in (*layout.texts, *layout.mined)))
     if unknown := [name for name in used if name not in texts]:
         raise ConfigError(f"no tower encodes the column {unknown[0]!r}; towers are given for {sorted(texts)}")
@@ -278,6 +279,12 @@ def _table(data: Data, layouts: Sequence[Layout], texts: Mapping[str, Texts]) ->
             raise ConfigError(
                 f"data.buckets holds {pair}, but the towers take at most {(anchor, document)} tokens (max_length)"
             )
+        for name in used:
+            if texts[name].filled and (length := pair[name != "anchor"]) < (wanted := texts[name].max_length):
+                raise ConfigError(
+                    f"data.buckets holds {pair}, but texts of column {name!r} are filled to {wanted} tokens: set its "
+                    f"{'first' if name == 'anchor' else 'second'} number {length} to {wanted}"
+                )
     return make_table(data.buckets or ((anchor, document),))
 
 

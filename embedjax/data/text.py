@@ -105,6 +105,11 @@ class Texts:
         return dataclasses.replace(self, side=side_of(column))
 
     @property
+    def filled(self) -> bool:
+        """Whether every text has `max_length` tokens: those of a tower that fills, queries of late interaction."""
+        return self.fills or self._expands
+
+    @property
     def _expands(self) -> bool:
         return self.late is not None and self.late.expand and self.side == "query"
 
@@ -119,7 +124,7 @@ class Texts:
         `prompts`; None takes the default prompt. Raises DataError for what is not a string of valid Unicode, ConfigError for
         a length below one that texts are to fill.
         """
-        if self.fills or self._expands:
+        if self.filled:
             length = self.max_length if length is None else length
             if length < self.max_length:
                 raise ConfigError(
@@ -180,7 +185,7 @@ class Texts:
 
     def lengths(self, texts: Sequence[str], prompt: str | None = None) -> Int32[np.ndarray, " N"]:
         """Number of tokens of each text after truncation to `max_length`, prompt and special tokens included."""
-        if self.fills or self._expands:
+        if self.filled:
             return np.full(len(texts), self.max_length, np.int32)
         prefix = self._prefix(prompt)
         encodings = self._tokenize([prefix + text for text in texts] if prefix else texts, None)

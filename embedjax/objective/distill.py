@@ -70,6 +70,11 @@ def judged(loss: MarginMse | KlDistillation, student: Float[Array, "B C"], teach
 def stored_scores(task: Set) -> Callable:
     """`(constants, columns) -> [B S]`: the teacher's scores in the set's columns. Raises ConfigError for a number of them that
     does not fit that of the texts."""
+    if task.mine:
+        raise ConfigError(
+            f"set {task.name!r} has stored scores and `mine`: they are not of the negatives that are mined; name a `teacher`, "
+            "a frozen tower, which scores these"
+        )
     count = lambda start: sum(name.split("_")[0] == start for name in task.names)
     negatives, found = count("negative"), count("score")
     wanted = (negatives + 1, negatives) if isinstance(task.loss, MarginMse) else (negatives + 1,)

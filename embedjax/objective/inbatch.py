@@ -97,7 +97,8 @@ def first_scale(loss: InBatch | ContrastiveDistillation, model: Model) -> float:
     if loss.scale is not None:
         return loss.scale
     sums = model.late and not (isinstance(loss, InBatch) and loss.xtr)
-    return 20.0 if model.similarity == "cosine" and not sums else 1.0
+    on_cosines = 10.0 if isinstance(loss, Siglip) else 20.0
+    return on_cosines if model.similarity == "cosine" and not sums else 1.0
 
 
 def _comparison(loss: InBatch, mesh: Mesh, similarity: Similarity, scale: float) -> Callable[..., contrastive.Loss]:

@@ -82,12 +82,15 @@ def tokens(outputs: Mapping[str, Array], masks: Mapping[str, Array]) -> tuple[To
 
 def _taught(loss: Taught, task: Set, model: Model, embedders: Mapping[str, Embedder]) -> Callable:
     towers = {"anchor": loss.teacher, "positive": loss.document_teacher or loss.teacher}
+    encode = frozen_towers("teacher", towers, task, model, embedders)
     for name in towers.values():
         if not model.is_late(name):
             raise ConfigError(
                 f"set {task.name!r}: the teacher {name!r} reads the student's tokens, so it must be late as it is"
             )
-    encode = frozen_towers("teacher", towers, task, model, embedders)
+    widths = {name: embedders[name].width for name in towers.values()}
+    if len(set(widths.values())) > 1:
+        raise ConfigError(f"set {task.name!r}: the teacher's towers are compared token by token, but have widths {widths}")
     return lambda constants, columns: late.maxsim_own(*tokens(encode(constants, columns), compared(columns)))
 
 

@@ -23,6 +23,8 @@ BUCKETS = ((6, 6), (12, 12))
 class Words:
     """One token a word, after a start token; stands for Texts."""
 
+    filled = False
+
     def __init__(self, max_length=12, prompts=None, include_prompt=True):
         self.max_length, self.prompts, self.default_prompt = max_length, prompts or {}, None
         self.include_prompt, self.tokenizer = include_prompt, self
@@ -85,6 +87,17 @@ def assert_same(a, b):
 
 
 FULL = {"anchor": "q", "positive": "a", "negative": "n", "negative_2": "m", "score": "s", "label": "l"}
+
+
+@pytest.mark.parametrize(
+    ("pair", "told"), [((8, 12), "'anchor' are filled to 12 .* first number 8"), ((12, 8), "'positive'.* second")]
+)
+def test_a_bucket_shorter_than_texts_are_filled_to(make, pair, told):
+    words = Words()
+    words.filled = True
+    make(words=words, data={"buckets": ((12, 12),)})
+    with pytest.raises(ConfigError, match=told):
+        make(words=words, data={"buckets": (pair, (12, 12))})
 
 
 def test_a_batch_holds_what_the_contract_says(make):

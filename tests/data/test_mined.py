@@ -99,6 +99,14 @@ def test_a_column_that_is_not_there_is_one_of_the_set(tmp_path):
         Mined(which, open_source(which.source), tmp_path)
 
 
+def test_sets_whose_names_are_alike_have_files_of_their_own(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"q": "a", "a": "b"}\n')
+    made = lambda name: Set(File(str(tmp_path / "pairs.jsonl")), COLUMNS, mine=Mine(), name=name)
+    sets = [made(name) for name in ("a b", "a_b", "a/b")]
+    files = [Mined(which, open_source(which.source), tmp_path).file(0) for which in sets]
+    assert len(set(files)) == 3 and files[1].name == "a_b-0.npy" and {file.parent for file in files} == {tmp_path}
+
+
 @pytest.mark.parametrize("columns", [{"anchor": "q"}, {**COLUMNS, "negative": "n"}])
 def test_sets_that_cannot_be_mined(columns):
     with pytest.raises(ConfigError, match="mining takes the columns anchor and positive"):

@@ -92,8 +92,9 @@ class MultipleNegatives(InBatch):
 class Siglip(InBatch):
     """Sigmoid loss (Zhai et al. 2023): every pair of the global batch is a yes or a no of its own."""
 
-    scale: float | None = 10.0
-    """Factor on the similarity, at most 100."""
+    scale: float | None = None
+    """Factor on the similarity, at most 100; None for 10 on cosines, and 1 on dot products and MaxSim's sums; the `bias`
+    of sums is to be about minus that of a pair that does not belong together."""
     learn_scale: bool = True
     """Train the logarithm of the scale, held in [0, ln 100]; one scale, shared by all sets that learn it."""
     bias: float = -10.0
