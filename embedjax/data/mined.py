@@ -1,5 +1,6 @@
 """Hard negatives that a run mines for itself: which documents they are at each step, read from the run folder."""
 
+import hashlib
 import os
 import pathlib
 import re
@@ -40,8 +41,10 @@ class Mined:
         return range(-(-start // self.every) * self.every, stop, self.every)
 
     def file(self, mining: int) -> pathlib.Path:
+        """Sets whose names differ in what no file name can have have files of their own."""
         plain = re.sub(r"[^\w.-]", "_", self.name)
-        return self.folder / f"{plain}-{mining}.npy"
+        mark = f"-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}" if plain != self.name else ""
+        return self.folder / f"{plain}{mark}-{mining}.npy"
 
     def there(self, mining: int) -> bool:
         return self.file(mining).exists()

@@ -76,7 +76,7 @@ def mine_file(
 
     `corpus_columns` make one text together; by default the column "text", or the only one. `task` names one of the model's
     prompts, adapters, or both. With `scorer`, (its name, None for the mining model itself), score, score_2, ... are those of
-    the positive and the negatives.
+    the positive and the negatives; scores kept under a name are taken for that scorer's.
     Finished stages wait in OUTPUT.work: the same call after a kill goes on there, and one for other negatives of the same model
     and files takes their vectors. Raises ConfigError for wrong arguments or the work of another model or other files, DataError
     for files without usable rows, StorageError for what cannot be written.

@@ -1,5 +1,6 @@
 """Who scores the mined rows: the model that mined them, another embedding model, or a cross-encoder."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -7,15 +8,18 @@ from jax.sharding import Mesh as DeviceMesh
 from jaxtyping import Float
 
 from embedjax.config.errors import ConfigError
-from embedjax.evaluate.encode import encode
+from embedjax.evaluate.encode import encode, fingerprint
 from embedjax.evaluate.tasks.side import comparable
 from embedjax.load import Model
 
 Scorer = Callable[[Sequence[str], Sequence[Sequence[str]]], Float[np.ndarray, "n C"]]
 """(n anchors, C documents of each) -> scores."""
 
+Named = tuple[str, Scorer]
+"""A scorer and its name, which is another one for other weights: scores that were kept under it are its own."""
 
-def teacher(model: Model, mesh: DeviceMesh | None = None, task: str | None = None) -> Scorer:
+
+def teacher(model: Model, mesh: DeviceMesh | None = None, task: str | None = None) -> Named:
     """The similarities of an embedding model, with its prompt or adapter `task`; equal texts of a call are encoded once."""
 
     def scores(anchors, documents):
@@ -24,7 +28,8 @@ def teacher(model: Model, mesh: DeviceMesh | None = None, task: str | None = Non
         queries, candidates = (_vectors(model, texts, side, task, mesh) for side, texts in sides.items())
         return np.einsum("ne,nce->nc", queries, candidates.reshape(len(anchors), -1, candidates.shape[-1]))
 
-    return scores
+    weights = dict.fromkeys(fingerprint(model, side)[:12] for side in ("query", "document"))
+    return f"{model.origin} ({', '.join(filter(None, (task, *weights)))})", scores
 
 
 def _vectors(
@@ -35,7 +40,7 @@ def _vectors(
     return vectors[[different[text] for text in texts]]
 
 
-def cross_encoder(name: str) -> Scorer:
+def cross_encoder(name: str) -> Named:
     """The logits or probabilities that a sentence-transformers CrossEncoder of one output gives pairs of texts.
 
     Raises ConfigError where sentence-transformers is not installed, or the model cannot be had.
@@ -57,4 +62,7 @@ def cross_encoder(name: str) -> Scorer:
         pairs = [(anchor, text) for anchor, row in zip(anchors, documents, strict=True) for text in row]
         return np.asarray(model.predict(pairs, show_progress_bar=False), np.float32).reshape(len(anchors), -1)
 
-    return scores
+    weights = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        weights.update(tensor.detach().float().cpu().numpy().tobytes())
+    return f"{name} ({weights.hexdigest()[:12]})", scores

@@ -85,7 +85,7 @@ def test_the_command_writes_rows_and_says_how_many(models, files, tmp_path, caps
 def test_scores_of_a_teacher(models, files, tmp_path):
     out = tmp_path / "out.parquet"
     assert call(models[0], *files, out, *NAMED, "--teacher", models[1], "--sampling", "random", "--seed", 5) == 0
-    options = {"scorer": ("it", teacher(load(models[1]), make_mesh(c.Mesh()))), "seed": 5}
+    options = {"scorer": teacher(load(models[1]), make_mesh(c.Mesh())), "seed": 5}
     assert read(out) == whole(models[0], files, tmp_path / "same.parquet", Negatives(sampling="random"), **options)
 
 

@@ -202,7 +202,9 @@ def test_a_task_is_an_adapter_and_a_prompt(two_towers, adapters, files, tmp_path
     for row, similar in zip(found, matrix, strict=True):
         exact = [similar[texts.index(row[name])] for name in ("positive", "negative", "negative_2", "negative_3")]
         assert [row[name] for name in ("score", "score_2", "score_3", "score_4")] == pytest.approx(exact, abs=1e-5)
-    call(two_towers, "taught.jsonl", scorer=("adapter", teacher(adapters, task="other")))
+    scorer = teacher(adapters, task="other")
+    assert len({scorer[0], teacher(adapters, task="sts")[0], teacher(two_towers)[0]}) == 3  # kept scores are known by it
+    call(two_towers, "taught.jsonl", scorer=scorer)
     row = read(tmp_path / "taught.jsonl")[0]
     exact = similarities(adapters, [row["anchor"]], [row["positive"], row["negative"]], "other")[0]
     assert [row["score"], row["score_2"]] == pytest.approx(exact, abs=1e-5)
@@ -213,7 +215,7 @@ def test_scores_of_a_teacher(two_towers, files, tmp_path):
     out = tmp_path / "out.jsonl"
     towers = dict(zip(("query", "document"), reversed(two_towers.params["towers"].values()), strict=True))
     other = type(two_towers)(**{**vars(two_towers), "params": {"towers": towers}})
-    mine_file(two_towers, corpus, pairs, out, Negatives(), pair_columns=("q", "a"), scorer=("other", teacher(other)))
+    mine_file(two_towers, corpus, pairs, out, Negatives(), pair_columns=("q", "a"), scorer=teacher(other))
     rows = read(out)[:5]
     exact = similarities(
         other, [row["anchor"] for row in rows], [row[name] for row in rows for name in ("positive", "negative")]

@@ -96,7 +96,11 @@ def test_scores_of_a_cross_encoder(minilm, files, tmp_path):
     transformers.BertForSequenceClassification(small).save_pretrained(tmp_path / "reranker")
     transformers.AutoTokenizer.from_pretrained(minilm).save_pretrained(tmp_path / "reranker")
     scorer, out = cross_encoder(str(tmp_path / "reranker")), tmp_path / "out.jsonl"
-    mine_file(load(minilm), folder / "corpus.txt", folder / "pairs.jsonl", out, Negatives(), scorer=("it", scorer))
+    transformers.BertForSequenceClassification(small).save_pretrained(tmp_path / "reranker")  # other weights
+    other = cross_encoder(str(tmp_path / "reranker"))
+    assert scorer[0] != other[0] == cross_encoder(str(tmp_path / "reranker"))[0]
+    scorer = other
+    mine_file(load(minilm), folder / "corpus.txt", folder / "pairs.jsonl", out, Negatives(), scorer=scorer)
     source = open_source(File(str(out)))
     peer = st.CrossEncoder(str(tmp_path / "reranker"), device="cpu")
     for row in (source[k] for k in range(5)):
