@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from embedjax.config.data import Data, Source
-from embedjax.config.errors import ConfigError
+from embedjax.config.errors import ConfigError, nearest
 from embedjax.config.tasks import Task
 from embedjax.config.towers import Model
 
@@ -110,9 +110,9 @@ class Evaluate:
     def __post_init__(self):
         if self.every < 0:
             raise ConfigError(f"evaluate.every is {self.every}; it must be at least 0")
-        labels = [label for task in self.tasks for label in task.labels]
-        if self.best and self.best.split("/")[0] not in labels:
-            raise ConfigError(f"evaluate.best is {self.best!r}; no task has that name: {labels}")
+        known = [key for task in self.tasks for key in task.keys]
+        if self.best and self.best not in known:
+            raise ConfigError(f"evaluate.best is {self.best!r}, which no task finds; {nearest(self.best, known)}")
 
 
 @dataclasses.dataclass(frozen=True)

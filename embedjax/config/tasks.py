@@ -13,6 +13,8 @@ class Rows:
     """What all tasks have. Metrics are NAME/METRIC for whole vectors and NAME@64/METRIC for their first 64 numbers."""
 
     main = ""  # the metric that stands for the task
+    metrics: ClassVar[tuple[str, ...]] = ()
+    """What the task may find."""
     sides: ClassVar[tuple[str, ...]] = ("anchor",)
     """What its texts are to the model: columns, or "query" and "document" with the prompts of these."""
     source: Source = dataclasses.field(default_factory=File)
@@ -52,12 +54,18 @@ class Rows:
         """What its metrics' keys begin with: NAME, and NAME@DIM of each prefix."""
         return (self.name, *(f"{self.name}@{dim}" for dim in self.dims))
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of all metrics it may find."""
+        return tuple(f"{label}/{metric}" for label in self.labels for metric in self.metrics)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sts(Rows):
     """Semantic textual similarity: Spearman and Pearson correlation of the model's similarity and the human score."""
 
     main = "spearman"
+    metrics = ("spearman", "pearson")
     sides = ("anchor", "positive")
     columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"a": "sentence1", "b": "sentence2", "score": "score"})
     """The source's columns for a, b and score."""
@@ -69,6 +77,10 @@ class Retrieval(Rows):
     """Retrieval of each query's own document among all documents of the source, or of a corpus with judgements."""
 
     main = "ndcg@10"
+    metrics = (
+        *("ndcg@10", "mrr@10", "map@100", "recall@1", "recall@10", "recall@100"),
+        *("success@1", "success@5", "success@10"),  # of pictures
+    )
     sides = ("query", "document")
     source: Source = dataclasses.field(default_factory=File)
     """Query-document pairs; or, with `corpus`, the judgements."""
@@ -123,6 +135,7 @@ class Reranking(Rows):
     """Order of each query's own candidates: MAP, MRR@10, nDCG@10. Rows of equal queries are one query."""
 
     main = "ndcg@10"
+    metrics = ("map", "mrr@10", "ndcg@10")
     sides = ("query", "document")
     columns: dict[str, str] = dataclasses.field(
         default_factory=lambda: {"query": "query", "positive": "positive", "negative": "negative"}
@@ -136,6 +149,7 @@ class PairClassification(Rows):
     """Whether two texts belong together: average precision, and accuracy and F1 at the best threshold of the similarity."""
 
     main = "ap"
+    metrics = ("ap", "accuracy", "accuracy_threshold", "f1", "precision", "recall", "f1_threshold")
     sides = ("anchor", "positive")
     columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"a": "sentence1", "b": "sentence2", "label": "label"})
     """The source's columns for a, b and label."""
@@ -149,6 +163,7 @@ class TripletAccuracy(Rows):
     """Share of triplets whose anchor is nearer to the positive than to the negative."""
 
     main = "accuracy"
+    metrics = ("accuracy",)
     sides = ("query", "document")
     columns: dict[str, str] = dataclasses.field(
         default_factory=lambda: {"anchor": "anchor", "positive": "positive", "negative": "negative"}
@@ -163,6 +178,7 @@ class Classification(Rows):
     linear probe of pictures, with per_label 0."""
 
     main = "accuracy"
+    metrics = ("accuracy", "f1")
     columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"text": "text", "label": "label"})
     """The columns for text, or image, and label, of both sources."""
     train: Source = dataclasses.field(default_factory=File)
@@ -182,6 +198,7 @@ class Classification(Rows):
                 f"task {self.name!r} has per_label {self.per_label} and experiments {self.experiments}; "
                 "they must be at least 0 and 1"
             )
+        check_seed(self, self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +206,7 @@ class KnnClassification(Rows):
     """Accuracy and macro F1 of the label that most of the k nearest training rows have."""
 
     main = "accuracy"
+    metrics = ("accuracy", "f1")
     columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"text": "text", "label": "label"})
     """The columns for text, or image, and label, of both sources."""
     train: Source = dataclasses.field(default_factory=File)
@@ -209,6 +227,7 @@ class ZeroShot(Rows):
     These are its name in each of the templates; their vectors are scaled to length 1, averaged, and scaled again."""
 
     main = "top1"
+    metrics = ("top1", "mean_per_class", "top5")
     sides = ("query", "document")
     columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"image": "image", "label": "label"})
     """The source's columns for image, or text, and label."""
@@ -241,6 +260,7 @@ class HeadAccuracy(Rows):
     that trained the head, and names its adapter."""
 
     main = "accuracy"
+    metrics = ("accuracy", "f1")
     columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"text": "text", "label": "label"})
     """The source's columns for text, or image, and label; `other` for the second text of a pair. Labels are names or numbers of
     the head's classes, or lists of them."""
@@ -258,6 +278,7 @@ class Clustering(Rows):
     """V-measure of mini-batch k-means with as many clusters as there are labels, a mean over starts."""
 
     main = "v_measure"
+    metrics = ("v_measure",)
     columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"text": "text", "label": "label"})
     """The source's columns for text, or image, and label."""
     experiments: int = 10
@@ -270,6 +291,7 @@ class Clustering(Rows):
         super().__post_init__()
         if self.experiments < 1:
             raise ConfigError(f"task {self.name!r} has experiments {self.experiments}; it must be at least 1")
+        check_seed(self, self.seed, self.experiments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,10 +299,17 @@ class BitextMining(Rows):
     """Whether each text's nearest neighbour in the other language is its translation: F1, and accuracy in both directions."""
 
     main = "f1"
+    metrics = ("f1", "accuracy", "accuracy_to_target", "accuracy_to_source")
     sides = ("anchor", "positive")
     columns: dict[str, str] = dataclasses.field(default_factory=lambda: {"source": "source", "target": "target"})
     """The source's columns for the two languages."""
     name: str = dataclasses.field(default="bitext", kw_only=True)
+
+
+def check_seed(task: Rows, seed: int, uses: int = 1) -> None:
+    """Raises ConfigError for a seed that numpy has no generator for, or none for one that follows it."""
+    if not 0 <= seed <= 2**32 - uses:
+        raise ConfigError(f"task {task.name!r} has seed {seed}; it must be from 0 to {2**32 - uses}")
 
 
 Task = (

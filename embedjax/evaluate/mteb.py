@@ -36,10 +36,8 @@ class MtebEncoder:
         texts = [text for batch in inputs for text in batch["text"]]
         column = prompt_type.value if prompt_type else "anchor"
         tower = self.model.config.towers[self.model.config.tower_of(column)]
-        names = [
-            f"{said}-{column}" if role else said for said in (task_metadata.name, task_metadata.type) for role in (True, False)
-        ]
-        name = next((name for name in names if name in (tower.prompts or {}) or name in tower.lora), None)
+        names = (task_metadata.name, task_metadata.type)
+        name = next((name for name in names if tower.prompt_named(name, column) or name in tower.lora), None)
         vectors = encode(self.model, texts, column=column, task=name, mesh=self.mesh)
         return prefixed(vectors, self.dim, tower) if self.dim else vectors
 

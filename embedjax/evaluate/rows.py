@@ -49,13 +49,22 @@ def key_at(source: Source, row: int, column: str) -> str:
 
 def label_at(source: Source, row: int, column: str) -> str:
     """A class label as text; whole numbers and truth values as numbers are written: 3, 1. Raises BadRow."""
+    return str(_label(source, row, column, source[row].get(column)))
+
+
+def several_labels_at(source: Source, row: int, column: str) -> tuple[str | int, ...]:
+    """The labels of a list, or the one label; numbers that are no text stay numbers. Raises BadRow."""
     value = source[row].get(column)
+    return tuple(_label(source, row, column, item) for item in (value if isinstance(value, list) else [value]))
+
+
+def _label(source: Source, row: int, column: str, value: object) -> str | int:
     if isinstance(value, float) and value.is_integer() or isinstance(value, bool):
         value = int(value)
     if not isinstance(value, str | int) or not str(value).strip():
         found = "missing or empty" if value is None or value == "" else f"{value!r:.40}, not a label"
         raise BadRow(*source.where(row), f"column {column!r} is {found}")
-    return str(value).strip()
+    return value.strip() if isinstance(value, str) else value
 
 
 def texts_at(source: Source, row: int, column: str) -> list[str]:

@@ -3,12 +3,16 @@
 import dataclasses
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from embedjax import config as c
 from embedjax.evaluate.encode import encode
 from embedjax.evaluate.mteb import MtebEncoder
+from embedjax.models import lora
+
+LORA = {"Retrieval": c.Lora(), "default": c.Lora()}
 
 
 def test_texts_go_to_the_tower_and_prompt_of_their_role(two_towers, sentences):
@@ -31,6 +35,21 @@ def test_texts_go_to_the_tower_and_prompt_of_their_role(two_towers, sentences):
     ):
         found = asked(batches, task_metadata=kinds[name, kind], prompt_type=role, **said)
         np.testing.assert_allclose(found, encode(model, sentences[:10], column=column, prompt=prompt), atol=1e-6)
+    # An adapter named after the type goes with the prompts of its sides.
+    drawn = {name: lora.init(LORA, params["encoder"], jax.random.key(5)) for name, params in model.params["towers"].items()}
+    drawn = jax.tree.map(lambda x: x + 0.3, drawn)
+    params = {"towers": {name: {**each, "lora": drawn[name]} for name, each in model.params["towers"].items()}}
+    named = {"Retrieval-query": "w1 ", "Retrieval-document": "w2 "}
+    towers = {name: dataclasses.replace(tower, prompts=named, lora=LORA) for name, tower in towers.items()}
+    texts = {name: dataclasses.replace(text, prompts=named) for name, text in texts.items()}
+    config = dataclasses.replace(model.config, towers=towers)
+    adapted = dataclasses.replace(model, config=config, texts=texts, params=params)
+    for role, column in ((query, "query"), (document, "document")):
+        found = MtebEncoder(adapted).encode(batches, task_metadata=kinds["Toy", "Retrieval"], prompt_type=role, **said)
+        wanted = encode(adapted, sentences[:10], column=column, task="Retrieval")
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+        other = encode(adapted, sentences[:10], column=column, task="default")
+        assert np.abs(found - other).max() > 1e-3
     prefix = MtebEncoder(model, dim=4).encode(batches, task_metadata=kinds["Toy", "STS"], **said)
     assert prefix.shape == (10, 4)
     np.testing.assert_allclose(np.linalg.norm(prefix, axis=1), 1, atol=1e-6)

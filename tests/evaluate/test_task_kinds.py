@@ -14,6 +14,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from embedjax import config as c
 from embedjax.config.errors import ConfigError, DataError
+from embedjax.data.columns import make_layout, read_row
+from embedjax.data.sources import open_source
 from embedjax.evaluate import scores
 from embedjax.evaluate.encode import Encoder, encode
 from embedjax.evaluate.tasks import READERS, classification, evaluate, prepare
@@ -280,7 +282,33 @@ def test_every_task_of_the_config_has_a_reader_and_a_main_metric(two_towers, mod
     assert all({side.column for side in data.sides} == set(data.task.sides) for data in prepared)
     found = evaluate(dataclasses.replace(model, heads={"train": head}), prepared)
     assert {task.main_metric for task in tasks} <= set(found)
+    here = ("success@", "top5")  # the last two are of pictures, and of more classes
+    assert {key for task in tasks for key in task.keys if not any(part in key for part in here)} == set(found)
     assert all(isinstance(value, float) for value in found.values())
+
+
+def test_labels_of_a_head_are_names_or_numbers(model, sentences, tmp_path):
+    """As training takes them: a number that is no name is that of a class."""
+    head = Head(("neg", "pos", "0"), False, "softmax", np.eye(16, 3, dtype=np.float32), np.zeros(3, np.float32))
+    model = dataclasses.replace(model, heads={"train": head})
+    found = []
+    for kind in (("neg", "pos", "0"), (0, "1", 2.0), ("neg", 1, 0)):
+        rows = [{"text": text, "label": kind[n % 3]} for n, text in enumerate(sentences[:30])]
+        task = c.HeadAccuracy(write(tmp_path / "rows.jsonl", rows))
+        found.append(evaluate(model, [task]))
+        loss = c.Classify(classes=3)
+        trained = c.Set(task.source, {"anchor": "text", "label": "label"}, loss=loss, labels=head.labels)
+        if "1" not in kind:  # text that is no name is none to training
+            layout = make_layout(trained, source := open_source(task.source))
+            assert [read_row(source, layout, row)["label"] for row in range(3)] == [0, 1, 2 if kind[2] == "0" else 0]
+    assert found[0] == found[1] != found[2]  # a text "0" is the name of the third, a number 0 the first
+    bad = [{"text": sentences[0], "label": ["neg"]}, {"text": sentences[1], "label": ["pos", None]}]
+    with pytest.raises(DataError, match="rows.jsonl:2: column 'label' is missing or empty"):
+        prepare([c.HeadAccuracy(write(tmp_path / "rows.jsonl", bad))])
+    for label, told in ((3, "the head knows no label 3;"), (["neg", "pos"], "the head gives one label a row")):
+        bad[1]["label"] = label
+        with pytest.raises(DataError, match=f"rows.jsonl:2: task 'head': {told}"):
+            evaluate(model, [c.HeadAccuracy(write(tmp_path / "rows.jsonl", bad))])
 
 
 def test_a_head_for_several_labels_a_row(model, sentences, tmp_path):
@@ -329,7 +357,7 @@ def test_faults(model, labelled, tmp_path):
     other = write(tmp_path / "other.jsonl", [{"text": "w1", "label": "odd"}, {"text": "w2", "label": "even"}])
     bad = write(tmp_path / "bad.jsonl", [{"text": "w1", "label": 1}, {"text": "w2", "label": None}])
     one = write(tmp_path / "one.jsonl", [{"text": "w1", "label": 1, "same": 0}] * 2)
-    with pytest.raises(DataError, match="no training row has the label 'even' of the test rows"):
+    with pytest.raises(DataError, match=r"other.jsonl:\d: no training row of task 'knn' has the label '(odd|even)'"):
         prepare([c.KnnClassification(other, train=train)])
     with pytest.raises(DataError, match=r"bad.jsonl:2: column 'label' is missing"):
         prepare([c.Classification(test, train=bad)])
@@ -348,6 +376,10 @@ def test_faults(model, labelled, tmp_path):
     for wrong in ({"dims": (0,)}, {"dims": (4, 4)}, {"limit": -1}):
         with pytest.raises(ConfigError):
             c.Clustering(test, **wrong)
-    with pytest.raises(ConfigError, match="no task has that name"):
-        c.Evaluate(tasks=(c.Sts(dims=(64,)),), best="sts@32/spearman")
+    for best in ("sts@32/spearman", "sts/spearmann", "sts"):
+        with pytest.raises(ConfigError, match=f"evaluate.best is '{best}', which no task finds; .*sts(@64)?/spearman"):
+            c.Evaluate(tasks=(c.Sts(dims=(64,)),), best=best)
+    for kind, at in ((c.Classification, -1), (c.Clustering, 2**32 - 9)):
+        with pytest.raises(ConfigError, match=f"has seed {at}; it must be from 0 to"):
+            kind(test, seed=at)
     assert c.Evaluate(tasks=(c.Sts(dims=(64,)),), best="sts@64/spearman").best

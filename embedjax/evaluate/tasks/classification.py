@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from embedjax.config import Classification, KnnClassification, Similarity
 from embedjax.config.errors import DataError, nearest
-from embedjax.data.sources import Source
+from embedjax.data.sources import BadRow, Source
 from embedjax.evaluate.retrieval import topk
 from embedjax.evaluate.tasks.reading import items_in, labels_in, opened, rows_of, subject
 from embedjax.evaluate.tasks.side import Side, Vectors, comparable
@@ -104,10 +104,10 @@ def _read(task: Classification | KnnClassification) -> tuple[Source, Labels, tup
     names = sorted(set(known), key=lambda name: (len(name) if name.isdecimal() else 0, name))
     if len(names) < 2:
         raise DataError(f"task {task.name!r}: all {len(known)} training rows have the label {names[0]!r}")
-    if odd := sorted(set(asked) - set(names)):
-        raise DataError(
-            f"task {task.name!r}: no training row has the label {odd[0]!r} of the test rows; {nearest(odd[0], names)}"
-        )
     places = {name: place for place, name in enumerate(names)}
+    for row, label in zip(rows_of(task, test), asked, strict=True):
+        if label not in places:
+            told = f"no training row of task {task.name!r} has the label {label!r}; {nearest(label, names)}"
+            raise BadRow(*test.where(row), told)
     train, wanted = (np.array([places[name] for name in labels], np.int32) for labels in (known, asked))
     return source, train, (_side(task, test), wanted)

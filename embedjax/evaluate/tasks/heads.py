@@ -1,15 +1,17 @@
 """Classification by a class head that the model brings along."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jax.sharding import Mesh as DeviceMesh
 
 from embedjax.config import HeadAccuracy, Model, Similarity
-from embedjax.config.errors import ConfigError, DataError, nearest
+from embedjax.config.errors import ConfigError, nearest
+from embedjax.data.sources import BadRow, Source
 from embedjax.evaluate.encode import asked
-from embedjax.evaluate.rows import label_at
+from embedjax.evaluate.rows import several_labels_at
 from embedjax.evaluate.tasks.classification import measured
 from embedjax.evaluate.tasks.reading import items_in, opened, rows_of, subject
 from embedjax.evaluate.tasks.side import Side, Vectors
@@ -19,29 +21,34 @@ from embedjax.models.classifier import Head
 
 @dataclasses.dataclass(frozen=True)
 class HeadData:
-    """N texts or pictures, or pairs of them, and the labels of each as text; the head once a model is chosen."""
+    """N texts or pictures, or pairs of them, the rows they are of, and the labels of each, names or numbers. The head once a
+    model is chosen."""
 
     task: HeadAccuracy
     sides: tuple[Side, ...]
-    labels: Sequence[Sequence[str]]
+    source: Source
+    rows: range
+    labels: Sequence[Sequence[str | int]]
     head: Head | None = None
 
     def of(self, heads: Mapping[str, Head], origin: str, model: Model) -> "HeadData":
-        """With the head that the task means, trained or not yet. Raises ConfigError as `head_of` does, DataError for labels
-        that the head does not know."""
+        """With the head that the task means, trained or not yet. Raises ConfigError as `head_of` does, BadRow for labels that
+        the head does not know."""
         head = head_of(self.task, heads, origin, model)
-        if odd := sorted({label for row in self.labels for label in row} - set(head.labels)):
-            raise DataError(f"task {self.task.name!r}: the head knows no label {odd[0]!r}; {nearest(odd[0], head.labels)}")
-        several = [row for row in self.labels if len(row) != 1]
-        if several and head.criterion == "softmax":
-            raise DataError(f"task {self.task.name!r}: the head gives one label a row; a row has {list(several[0])}")
+        known = _numbers(head)
+        for row, labels in zip(self.rows, self.labels, strict=True):
+            bad = functools.partial(BadRow, *self.source.where(row))
+            if odd := [label for label in labels if label not in known]:
+                raise bad(f"task {self.task.name!r}: the head knows no label {odd[0]!r}; {nearest(str(odd[0]), head.labels)}")
+            if len(labels) != 1 and head.criterion == "softmax":
+                raise bad(f"task {self.task.name!r}: the head gives one label a row; this one has {list(labels)}")
         return dataclasses.replace(self, head=head)
 
     def scores(self, vectors: Sequence[Vectors], similarity: Similarity, mesh: DeviceMesh | None) -> dict[str, float]:
         """Accuracy and macro F1. Of a head for several labels a row, accuracy is the share of all its yes and no that are
         right, and F1 the mean of the labels' F1."""
         assert self.head is not None
-        names = {label: number for number, label in enumerate(self.head.labels)}
+        names = _numbers(self.head)
         found = self.head.predict(*vectors)
         if self.head.criterion == "softmax":
             return measured(np.array([names[row[0]] for row in self.labels], np.int32), found)
@@ -49,6 +56,12 @@ class HeadData:
         for row, labels in zip(wanted, self.labels, strict=True):
             row[[names[label] for label in labels]] = 1
         return measured(wanted, found)
+
+
+def _numbers(head: Head) -> dict[str | int, int]:
+    """The class of each name and number, as training has them, and of each number as text that is no name."""
+    numbers = range(len(head.labels))
+    return {str(n): n for n in numbers} | {label: n for n, label in enumerate(head.labels)} | {n: n for n in numbers}
 
 
 def head_of(task: HeadAccuracy, heads: Mapping[str, Head], origin: str, model: Model) -> Head:
@@ -83,8 +96,6 @@ def read(task: HeadAccuracy) -> HeadData:
     sides = tuple(
         Side(items_in(task, source, name), role, name == "image") for name, role in roles.items() if name in task.columns
     )
-    column, labels = task.columns["label"], []
-    for row in rows_of(task, source):
-        value = source[row].get(column)
-        labels.append(tuple(map(str, value)) if isinstance(value, list) else (label_at(source, row, column),))
-    return HeadData(task, sides, labels)
+    rows = rows_of(task, source)
+    labels = [several_labels_at(source, row, task.columns["label"]) for row in rows]
+    return HeadData(task, sides, source, rows, labels)

@@ -8,7 +8,7 @@ from jax.sharding import Mesh as DeviceMesh
 from jaxtyping import Int
 
 from embedjax.config import Retrieval, Similarity
-from embedjax.config.errors import ConfigError, DataError
+from embedjax.config.errors import ConfigError
 from embedjax.data.sources import BadRow, Source, open_source, select
 from embedjax.evaluate import scores
 from embedjax.evaluate.late import maxsim_topk
@@ -147,7 +147,8 @@ def _read_judged(task: Retrieval) -> RetrievalData:
     if task.corpus is None or task.queries is None:
         raise ConfigError(f"task {task.name!r} has a corpus but no queries; with a corpus, set `queries` too")
     corpus = _items_by_id(task, open_source(task.corpus), task.corpus_columns, "document")
-    asked = _items_by_id(task, open_source(task.queries), task.query_columns, "query")
+    asking = open_source(task.queries)
+    asked = _items_by_id(task, asking, task.query_columns, "query")
     source, columns = opened(task, ("query_id", "document_id"), optional=("relevance",)), task.columns
     places = {key: place for place, key in enumerate(corpus)}
     judgements: dict[str, dict[int, float]] = {}
@@ -157,7 +158,7 @@ def _read_judged(task: Retrieval) -> RetrievalData:
             if key not in known:
                 raise BadRow(*source.where(row), f"{what} {key!r} is not in the {what} file")
         if isinstance(text := asked[query], str) and not text.strip():
-            raise DataError(f"task {task.name!r}: the text of query {query!r} is empty")
+            raise BadRow(*asking.where(list(asked).index(query)), f"the text of query {query!r} is empty")
         relevance = number_at(source, row, columns["relevance"]) if "relevance" in columns else 1.0
         judgements.setdefault(query, {})[places[document]] = relevance
     found = _retrieval(task, [asked[query] for query in judgements], corpus.values(), list(judgements.values()))
