@@ -26,11 +26,14 @@ class Command:
     argv: list[str]
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     text: str = ""
+    folder: Path | None = None
+    """Where it runs, if not here."""
 
     def lines(self) -> list[str]:
         """As a person would type it, and what it reads."""
         added = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return [" ".join([*added, shlex.join(self.argv)]), *self.text.splitlines()]
+        there = [f"cd {shlex.quote(str(self.folder))} &&"] if self.folder else []
+        return [" ".join([*there, *added, shlex.join(self.argv)]), *self.text.splitlines()]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -79,10 +82,15 @@ def prepare(target: str, arguments: Sequence[str], settings: Settings) -> Comman
 
 
 def run(command: Command) -> int:
-    """Runs it, and returns its exit code. Raises ConfigError when the program is not installed."""
+    """Runs it in place of this process, so that it gets the signals, unless it reads a text; then returns its exit code. Raises
+    ConfigError when the program is not installed."""
     variables = {**os.environ, **command.environment}
     try:
-        process = subprocess.run(command.argv, env=variables, input=command.text or None, text=True)
+        if not command.text:
+            sys.stdout.flush()
+            os.chdir(command.folder or ".")
+            os.execvpe(command.argv[0], command.argv, variables)
+        process = subprocess.run(command.argv, env=variables, input=command.text, text=True)
     except FileNotFoundError as error:
         raise ConfigError(f"{command.argv[0]} is not installed here; --dry-run prints what would run") from error
     return process.returncode
@@ -105,6 +113,7 @@ def _tpu_vm(files: Path, arguments: list[str], settings: Settings) -> Command:
     if bool(known["nfs"]) == bool(known["bucket"]):
         raise ConfigError(f"launch tpu-vm needs one of --with nfs=HOST:/SHARE and --with bucket=NAME, to mount at {MOUNT}")
     environment = {name.upper(): value for name, value in known.items() if value}
+    arguments = arguments if known["source"] else _of_checkout("tpu-vm", files, arguments)
     return Command(["bash", str(files / "tpu_vm.sh"), *arguments], environment)
 
 
@@ -124,6 +133,7 @@ def _sky(files: Path, arguments: list[str], settings: Settings) -> Command:
     known = _settings(
         "sky", settings, {"volume": None, "run_dir": None, "name": "embedjax", "gpus": "", "nodes": "", "extra": ""}
     )
+    arguments = _of_checkout("sky", files, arguments)
     argv = ["sky", "jobs", "launch", "--yes", "-n", known["name"]]
     argv += ["--gpus", known["gpus"]] if known["gpus"] else []
     argv += ["--num-nodes", known["nodes"]] if known["nodes"] else []
@@ -136,7 +146,16 @@ def _sky(files: Path, arguments: list[str], settings: Settings) -> Command:
     variables |= {"EXTRA": known["extra"]} if known["extra"] else {}
     for name, value in variables.items():
         argv += ["--env", f"{name}={value}"]
-    return Command([*argv, str(files / "sky.yaml")])
+    return Command([*argv, str(files / "sky.yaml")], folder=files.parent)  # its workdir is the folder it is called in
+
+
+def _of_checkout(target: str, files: Path, arguments: list[str]) -> list[str]:
+    """The arguments, the config as a path from the checkout, which is what the machines get. Raises ConfigError for another."""
+    root, given = files.parent, Path(arguments[0])
+    place = (given if given.exists() else root / given).resolve()
+    if not (place.is_file() and place.is_relative_to(root)):
+        raise ConfigError(f"{given}: no file of {root}, which launch {target} copies to the machines: put the config there")
+    return [str(place.relative_to(root)), *arguments[1:]]
 
 
 def _settings(target: str, given: Settings, known: Mapping[str, str | None]) -> dict[str, str]:

@@ -39,6 +39,8 @@ def main() -> int:
     lost = 0
     while True:
         children[:] = start(count, arguments)
+        if asked:  # while they were started
+            stop(asked[0], None)
         code = wait(children)
         if asked or code not in (SAVED, LOST):
             return code
@@ -98,8 +100,9 @@ def wait(children: list[subprocess.Popen]) -> int:
     if not failed:
         return 0
     reasons = [code for code in failed if code not in (SAVED, LOST) and 0 < code < 128]
-    # Ended by a signal, without a word: lost.
-    return reasons[0] if reasons else SAVED if set(failed) == {SAVED} else LOST
+    # Ended by a signal, without a word: lost, but for one that was asked to stop before it could have anything to save.
+    stopped = {SAVED, -signal.SIGTERM, 128 + signal.SIGTERM}
+    return reasons[0] if reasons else SAVED if set(failed) <= stopped else LOST
 
 
 if __name__ == "__main__":

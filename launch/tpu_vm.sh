@@ -16,7 +16,8 @@
 # PROJECT      project; gcloud's own by default
 # RUNTIME      software of the machines                               (default v2-alpha-tpuv5-lite)
 # SPOT         1 for spot capacity, which may be taken away           (default 1)
-# SOURCE       what pip installs, such as 'embedjax[tpu,gcs] @ git+https://...'  (default: this checkout, copied)
+# SOURCE       what pip installs, such as 'embedjax[tpu,gcs] @ git+https://...'  (default: this checkout, copied); the config
+#              alone is copied then
 # RESTARTS     restarts after exit code 70                            (default 20)
 # POLL         seconds between looks at the state of the request      (default 30)
 # KEEP         1 leaves the slice there at the end                    (default 0)
@@ -37,11 +38,21 @@ fi
 where=(--zone "$ZONE")
 if [ -n "${PROJECT:-}" ]; then where+=(--project "$PROJECT"); fi
 checkout=$(cd "$(dirname "$0")/.." && pwd)
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+config=${1:?the config is missing}
+if [ -z "${SOURCE:-}" ] && [ ! -f "$checkout/$config" ]; then fail "$config is no file of $checkout, which is copied to the workers"; fi
+log=$(mktemp) errors=$(mktemp)
+trap 'rm -f "$log" "$errors"' EXIT
 
+# ABSENT where there is no such request; what cannot be asked just now is no state.
 state() {
-  gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" --format='value(state.state)' 2>/dev/null
+  if gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" --format='value(state.state)' 2>"$errors"; then
+    return
+  fi
+  if grep -qi -e NOT_FOUND -e 'not found' "$errors"; then
+    echo ABSENT
+  else
+    cat "$errors" >&2
+  fi
 }
 
 request() {
@@ -60,7 +71,7 @@ obtain() {
   while true; do
     case "$(state)" in
       ACTIVE) return ;;
-      "") request || return 1 ;;
+      ABSENT) request || return 1 ;;
       FAILED | SUSPENDED | SUSPENDING) release ;;
     esac
     sleep "${POLL:-30}"
@@ -73,12 +84,15 @@ on_all() {
 
 # The machines' own Python may be older than jax wants.
 install() {
-  local what="-e 'embedjax-checkout[tpu,gcs]'"
+  local what="-e 'embedjax-checkout[tpu,gcs]'" copied=("$checkout" "$NAME:embedjax-checkout")
+  local clear="rm -rf embedjax-checkout" # or the copy would lie in that of another start
   if [ -n "${SOURCE:-}" ]; then
     what="--upgrade $(printf %q "$SOURCE")"
-  else
-    gcloud compute tpus tpu-vm scp --recurse "$checkout" "$NAME:embedjax-checkout" "${where[@]}" --worker=all || return
+    copied=("$config" "$NAME:embedjax-checkout/")
+    clear="$clear && mkdir embedjax-checkout"
   fi
+  on_all "$clear" || return
+  gcloud compute tpus tpu-vm scp --recurse "${copied[@]}" "${where[@]}" --worker=all || return
   on_all "python3 -m pip install --quiet uv && python3 -m uv venv --quiet --allow-existing --python 3.12 embedjax-venv && \
     python3 -m uv pip install --quiet --python embedjax-venv $what"
 }
@@ -103,12 +117,13 @@ mount_runs() {
   on_all "mountpoint -q /runs || { $mount; }"
 }
 
+if [ -n "${SOURCE:-}" ]; then set -- "$(basename "$config")" "${@:2}"; fi
 arguments=$(printf '%q ' "$@" --run-dir "$RUN_DIR")
 lost=0
 while true; do
   obtain || exit 1
   # The exit codes of ssh to many workers are merged: each worker says its own.
-  train="cd embedjax-checkout 2>/dev/null; EMBEDJAX_COORDINATOR=auto ~/embedjax-venv/bin/python -m embedjax train $arguments"
+  train="cd embedjax-checkout && EMBEDJAX_COORDINATOR=auto ~/embedjax-venv/bin/python -m embedjax train $arguments"
   if install && mount_runs && on_all "$train; echo EMBEDJAX_EXIT=\$?" | tee "$log"; then :; fi
   codes=$(grep -o 'EMBEDJAX_EXIT=[0-9]*' "$log" | sort -u | cut -d= -f2 | tr '\n' ' ')
   : >"$log"
@@ -117,7 +132,8 @@ while true; do
     code=0
     break
   fi
-  other=$(tr ' ' '\n' <<<"$codes" | grep -vx -e 0 -e 75 -e 70 -e 137 -e 143 -e '' | head -n 1)
+  # From 128 on it was a signal that ended it.
+  other=$(tr ' ' '\n' <<<"$codes" | awk '$1 != "" && $1 != 0 && $1 != 75 && $1 != 70 && $1 < 128' | head -n 1)
   if [ -n "$other" ]; then
     code=$other
     break
@@ -131,6 +147,7 @@ while true; do
     fi
   fi
   echo "starting again from the last save"
+  sleep "${POLL:-30}" # a slice that goes may be called active a while
 done
 if [ "${KEEP:-0}" != 1 ]; then release; fi
 exit "$code"

@@ -21,6 +21,7 @@ from embedjax.config.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ROOT / "launch"
+CONFIG = "configs/quickstart.py"
 SETTINGS = {
     "local": {},
     "slurm": {"nodes": "2"},
@@ -60,14 +61,19 @@ def with_stubs(folder, **variables):
 
 
 @pytest.mark.parametrize(
-    ("code", "count", "requeued"), [(0, 0, False), (75, 3, True), (70, 3, True), (70, 20, False), (2, 0, False)]
+    ("code", "lost", "requeued"),
+    [(0, 0, False), (75, 20, True), (70, 3, True), (70, 20, False), (137, 0, True), (139, 20, False), (2, 3, False)],
 )
-def test_slurm_requeues_what_was_saved_or_lost(code, count, requeued, tmp_path):
+def test_slurm_requeues_what_was_saved_or_lost(code, lost, requeued, tmp_path):
+    """Those that were lost before are counted; those that were saved, as by a time limit, are not."""
+    count = tmp_path / "embedjax-31.lost"
+    count.write_text(f"{lost}\n")
     stub(tmp_path, "scontrol", 'if [ "$1" = show ]; then printf "a1\\na2\\n"; fi')
     stub(tmp_path, "srun", f'echo "$EMBEDJAX_COORDINATOR $EMBEDJAX_PROCESS_COUNT"; exit {code}')
-    variables = {"SLURM_JOB_NODELIST": "a[1-2]", "SLURM_JOB_ID": "31", "SLURM_NTASKS": "2", "SLURM_RESTART_COUNT": str(count)}
+    variables = {"SLURM_JOB_NODELIST": "a[1-2]", "SLURM_JOB_ID": "31", "SLURM_NTASKS": "2", "SLURM_RESTART_COUNT": "30"}
     command = ["bash", str(FILES / "slurm.sbatch"), "c.py", "--name", "two words"]
-    found = subprocess.run(command, env=with_stubs(tmp_path, **variables), capture_output=True, text=True)
+    found = subprocess.run(command, env=with_stubs(tmp_path, **variables), capture_output=True, text=True, cwd=tmp_path)
+    assert (int(count.read_text()) if count.exists() else None) == (lost + (code != 75) if requeued else None)
     assert found.stdout.startswith("a1:20031 2\n")
     assert found.returncode == (0 if requeued else code)
     assert (["scontrol", "requeue", "31"] in calls(tmp_path)) == requeued
@@ -78,13 +84,15 @@ def test_slurm_requeues_what_was_saved_or_lost(code, count, requeued, tmp_path):
 def test_tpu_vm_waits_installs_runs_and_starts_over(tmp_path):
     """The slice is taken away once: asked for, waited for, run; deleted, asked for again, run to the end, deleted."""
     # States in the order they are asked for; after the run that was interrupted the request is suspended.
-    states = ["", "WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDED", "", "ACTIVE"]
+    # Once it cannot be asked, which does not mean that there is none.
+    states = ["NOT_FOUND", "WAITING_FOR_RESOURCES", "503", "ACTIVE", "SUSPENDED", "NOT_FOUND", "ACTIVE"]
     (tmp_path / "states").write_text("\n".join(states) + "\n")
     (tmp_path / "codes").write_text("75\n0\n")
     take = lambda name: f'head -n 1 "{tmp_path}/{name}"; sed -i 1d "{tmp_path}/{name}"'
-    script = f'case "$*" in *describe*) {take("states")};; *embedjax\\ train*) echo "EMBEDJAX_EXIT=$({take("codes")})";; esac'
+    state = f'state=$({take("states")}); case $state in NOT_FOUND|503) echo "ERROR: $state" >&2; exit 1;; esac; echo $state'
+    script = f'case "$*" in *describe*) {state};; *embedjax\\ train*) echo "EMBEDJAX_EXIT=$({take("codes")})";; esac'
     stub(tmp_path, "gcloud", script)
-    command = launch.prepare("tpu-vm", ["c.py", "--name", "two words"], {**SETTINGS["tpu-vm"], "name": "pod", "poll": "0"})
+    command = launch.prepare("tpu-vm", [CONFIG, "--name", "two words"], {**SETTINGS["tpu-vm"], "name": "pod", "poll": "0"})
     found = subprocess.run(command.argv, env=with_stubs(tmp_path, **command.environment), capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
     made = [call[1:] for call in calls(tmp_path)]
@@ -97,11 +105,25 @@ def test_tpu_vm_waits_installs_runs_and_starts_over(tmp_path):
     copy = ["compute", "tpus", "tpu-vm", "scp", "--recurse", str(ROOT), "pod:embedjax-checkout", *zone, "--worker=all"]
     venv = "python3 -m pip install --quiet uv && python3 -m uv venv --quiet --allow-existing --python 3.12 embedjax-venv &&"
     venv = [*ssh, f"{venv} python3 -m uv pip install --quiet --python embedjax-venv -e 'embedjax-checkout[tpu,gcs]'"]
-    train = "cd embedjax-checkout 2>/dev/null; EMBEDJAX_COORDINATOR=auto ~/embedjax-venv/bin/python -m embedjax train "
-    train = [*ssh, train + r"c.py --name two\ words --run-dir /runs/r ; echo EMBEDJAX_EXIT=$?"]
+    train = "cd embedjax-checkout && EMBEDJAX_COORDINATOR=auto ~/embedjax-venv/bin/python -m embedjax train "
+    train = [*ssh, train + r"configs/quickstart.py --name two\ words --run-dir /runs/r ; echo EMBEDJAX_EXIT=$?"]
     made = [["mount"] if "mountpoint" in "".join(call) else call for call in made]
-    once = [copy, venv, ["mount"], train]
-    assert made == [ask, create, ask, ask, *once, ask, delete, ask, create, ask, *once, delete]
+    once = [[*ssh, "rm -rf embedjax-checkout"], copy, venv, ["mount"], train]
+    assert made == [ask, create, ask, ask, ask, *once, ask, delete, ask, create, ask, *once, delete]
+    assert "ERROR: 503" in found.stderr and "NOT_FOUND" not in found.stderr
+
+
+def test_tpu_vm_copies_the_config_of_an_installed_package(tmp_path):
+    stub(tmp_path, "gcloud", 'case "$*" in *describe*) echo ACTIVE;; *embedjax\\ train*) echo EMBEDJAX_EXIT=0;; esac')
+    (tmp_path / "mine.py").write_text("")
+    settings = {**SETTINGS["tpu-vm"], "poll": "0", "keep": "1", "source": "embedjax[tpu]"}
+    command = launch.prepare("tpu-vm", [str(tmp_path / "mine.py"), "--steps", "3"], settings)
+    found = subprocess.run(command.argv, env=with_stubs(tmp_path, **command.environment), capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    made = [call for call in calls(tmp_path) if "describe" not in call]
+    assert made[0][-1] == "rm -rf embedjax-checkout && mkdir embedjax-checkout"
+    assert [str(tmp_path / "mine.py"), "embedjax:embedjax-checkout/"] == made[1][6:8]
+    assert "cd embedjax-checkout && " in made[-1][-1] and "train mine.py --steps 3 --run-dir /runs/r" in made[-1][-1]
 
 
 def on_a_worker(tmp_path, settings):
@@ -124,7 +146,7 @@ esac"""
     }.items():
         stub(tmp_path, name, result)
     base = {name: value for name, value in SETTINGS["tpu-vm"].items() if name != "nfs"}
-    command = launch.prepare("tpu-vm", ["c.py"], {**base, "poll": "0", "keep": "1", **settings})
+    command = launch.prepare("tpu-vm", [CONFIG], {**base, "poll": "0", "keep": "1", **settings})
     variables = with_stubs(tmp_path, **command.environment)
     return subprocess.run(command.argv, env=variables, capture_output=True, text=True)
 
@@ -153,19 +175,36 @@ def test_tpu_vm_refuses_a_flat_bucket(tmp_path, monkeypatch):
     assert found.returncode == 2 and "hierarchical namespace" in found.stderr and len(calls(tmp_path)) == 1
 
 
+def test_tpu_vm_refuses_a_config_that_is_not_copied(tmp_path):
+    stub(tmp_path, "gcloud", "")
+    given = {"NAME": "n", "ZONE": "z", "ACCELERATOR": "a", "RUN_DIR": "/runs/r", "NFS": "h:/s"}
+    command = ["bash", str(FILES / "tpu_vm.sh"), "c.py"]
+    found = subprocess.run(command, env=with_stubs(tmp_path, **given), capture_output=True, text=True)
+    assert found.returncode == 2 and f"c.py is no file of {ROOT}" in found.stderr and not (tmp_path / "calls").exists()
+
+
 @pytest.mark.parametrize("changed", [{"RUN_DIR": "/home/r"}, {"RUN_DIR": "/runs/"}, {"NFS": ""}])
 def test_tpu_vm_refuses_what_it_does_not_mount(changed, tmp_path):
     stub(tmp_path, "gcloud", "")
     given = {"NAME": "n", "ZONE": "z", "ACCELERATOR": "a", "RUN_DIR": "/runs/r", "NFS": "h:/s", **changed}
-    command = ["bash", str(FILES / "tpu_vm.sh"), "c.py"]
+    command = ["bash", str(FILES / "tpu_vm.sh"), CONFIG]
     found = subprocess.run(command, env=with_stubs(tmp_path, **given), capture_output=True, text=True)
     assert found.returncode == 2 and "/runs" in found.stderr and not (tmp_path / "calls").exists()
+
+
+def test_tpu_vm_goes_on_after_a_signal(tmp_path):
+    (tmp_path / "codes").write_text("139\n0\n")
+    code = f'head -n 1 "{tmp_path}/codes"; sed -i 1d "{tmp_path}/codes"'
+    stub(tmp_path, "gcloud", f'case "$*" in *describe*) echo ACTIVE;; *embedjax\\ train*) echo EMBEDJAX_EXIT=$({code});; esac')
+    command = launch.prepare("tpu-vm", [CONFIG], {**SETTINGS["tpu-vm"], "poll": "0"})
+    found = subprocess.run(command.argv, env=with_stubs(tmp_path, **command.environment), capture_output=True, text=True)
+    assert found.returncode == 0 and "starting again" in found.stdout
 
 
 @pytest.mark.parametrize("code", [2, 5])
 def test_tpu_vm_gives_up_on_an_error(code, tmp_path):
     stub(tmp_path, "gcloud", f'case "$*" in *describe*) echo ACTIVE;; *embedjax\\ train*) echo EMBEDJAX_EXIT={code};; esac')
-    command = launch.prepare("tpu-vm", ["c.py"], {**SETTINGS["tpu-vm"], "poll": "0", "keep": "1"})
+    command = launch.prepare("tpu-vm", [CONFIG], {**SETTINGS["tpu-vm"], "poll": "0", "keep": "1"})
     found = subprocess.run(command.argv, env=with_stubs(tmp_path, **command.environment), capture_output=True, text=True)
     assert found.returncode == code
     assert not any("delete" in call for call in calls(tmp_path))
@@ -397,6 +436,7 @@ def test_jobset_gpu_tells_the_pods_of_each_other():
     made = manifest("jobset-gpu", name="bert")
     env = made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["env"]
     assert env[0]["value"] == "bert-node-0-0.bert:8476" and env[1]["value"] == "4"
+    assert {"name": "JAX_PLATFORMS", "value": "cuda,cpu"} in env  # or a driver that is not found means a run on the CPU
 
 
 def test_sky():
@@ -407,7 +447,9 @@ def test_sky():
     assert task["volumes"] == {launch.MOUNT: "${VOLUME}"} and Path(task["envs"]["RUN_DIR"]).parent == Path(launch.MOUNT)
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75, 70]
     assert set(re.findall(r"\$\{?([A-Z]+)\}?", task["setup"])) <= set(task["envs"])
-    command = launch.prepare("sky", ["c.py", "--name", "two words"], {**SETTINGS["sky"], "nodes": "2"}).argv
+    made = launch.prepare("sky", [str(ROOT / CONFIG), "--name", "two words"], {**SETTINGS["sky"], "nodes": "2"})
+    command = made.argv
+    assert task["workdir"] == "." and made.folder == ROOT and f"CONFIG={CONFIG}" in command
     assert command[:4] == ["sky", "jobs", "launch", "--yes"] and command[-1].endswith("sky.yaml")
     assert set(word.partition("=")[0] for flag, word in zip(command, command[1:], strict=False) if flag == "--env") <= set(
         task["envs"]
@@ -416,12 +458,14 @@ def test_sky():
 
 def test_sky_runs_the_arguments_as_given(tmp_path):
     task = yaml.safe_load((FILES / "sky.yaml").read_text())
-    stub(tmp_path, "python3", 'echo "$EMBEDJAX_COORDINATOR $EMBEDJAX_PROCESS_COUNT $EMBEDJAX_PROCESS_ID"')
+    (tmp_path / "embedjax-venv").mkdir()
+    venv = tmp_path / "embedjax-venv" / "bin"
+    stub(venv, "python", 'echo "$EMBEDJAX_COORDINATOR $EMBEDJAX_PROCESS_COUNT $EMBEDJAX_PROCESS_ID"')
     variables = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
-    variables |= {"CONFIG": "c.py", "ARGS": "--name 'two words'", "RUN_DIR": "/runs/r"}
+    variables |= {"CONFIG": "c.py", "ARGS": "--name 'two words'", "RUN_DIR": "/runs/r", "HOME": str(tmp_path)}
     found = subprocess.run(["bash", "-c", task["run"]], env=with_stubs(tmp_path, **variables), capture_output=True, text=True)
     assert found.stdout == "10.0.0.1:8476 2 1\n"
-    assert calls(tmp_path) == [["python3", "-m", "embedjax", "train", "c.py", "--run-dir", "/runs/r", "--name", "two words"]]
+    assert calls(venv) == [["python", "-m", "embedjax", "train", "c.py", "--run-dir", "/runs/r", "--name", "two words"]]
 
 
 @pytest.mark.parametrize(("extra", "installed"), [("", ".[gcs]"), ("tpu", ".[gcs,tpu]")])
@@ -432,7 +476,7 @@ def test_images_and_nodes_can_read_buckets(extra, installed, tmp_path):
     image = next(line for line in (FILES / "Dockerfile").read_text().splitlines() if line.startswith("RUN python"))
     for script in (setup, image.removeprefix("RUN ")):
         subprocess.run(["sh", "-c", script], env=with_stubs(tmp_path, EXTRA=extra), check=True)
-    assert [call[-1] for call in calls(tmp_path)] == [installed, installed]
+    assert [call[-1] for call in calls(tmp_path)] == ["uv", str(Path.home() / "embedjax-venv"), installed, installed]
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert "gcsfs" in extras["gcs"][0] and "tpu" in extras
 
@@ -451,9 +495,10 @@ def test_dockerfile_copies_what_is_there():
 def test_dry_run_prints_and_runs_nothing(target, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("it ran"))
     settings = [word for name, value in SETTINGS[target].items() for word in ("--with", f"{name}={value}")]
-    assert run(["launch", target, "c.py", *settings, "--steps", "3", "--dry-run"]) == 0
+    monkeypatch.setattr(os, "execvpe", lambda *a: pytest.fail("it ran"))
+    assert run(["launch", target, CONFIG, *settings, "--steps", "3", "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "c.py" in out and "--steps" in out
+    assert CONFIG in out and "--steps" in out
 
 
 @pytest.mark.parametrize(
@@ -464,6 +509,7 @@ def test_dry_run_prints_and_runs_nothing(target, monkeypatch, capsys):
         (["jobset-tpu", "c.py"], ["--with image=...", "--with claim=...", "--with run_dir=..."]),
         (["sky", "c.py", "--with", "volum=b"], ["volum", "'volume'"]),
         (["local", "c.py", "--with", "processes"], ["NAME=VALUE"]),
+        (["sky", "c.py", "--with", "volume=v", "--with", "run_dir=/runs/r"], ["c.py: no file of", "launch sky copies"]),
     ],
 )
 def test_wrong_launches(arguments, words, capsys):
@@ -476,7 +522,7 @@ def test_wrong_launches(arguments, words, capsys):
 @pytest.mark.parametrize("folder", ["gs://b/r", "/home/r", "runs/r", "/runs", "/runs/../r", "/runsx/r"])
 def test_a_run_folder_that_is_not_mounted(target, folder):
     with pytest.raises(ConfigError, match="mount"):
-        launch.prepare(target, ["c.py"], SETTINGS[target] | {"run_dir": folder})
+        launch.prepare(target, [CONFIG], SETTINGS[target] | {"run_dir": folder})
 
 
 @pytest.mark.parametrize("changed", [{"nfs": ""}, {"bucket": "b"}])
@@ -485,8 +531,22 @@ def test_tpu_vm_mounts_one_thing(changed):
         launch.prepare("tpu-vm", ["c.py"], SETTINGS["tpu-vm"] | changed)
 
 
+def test_what_is_launched_gets_the_signals(tmp_path):
+    """Its exit code is the command's own: 75 where it was asked to stop and saved."""
+    script = 'trap "sleep 0.5; exit 75" TERM; pwd; while :; do sleep 0.1; done'
+    source = f"from pathlib import Path; from embedjax import launch\nlaunch.run(launch.Command(['bash', '-c', {script!r}], "
+    source += f"folder=Path({str(tmp_path)!r})))"
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", source], env=variables, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == f"{tmp_path}\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 75
+
+
 def test_a_program_that_is_not_there(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="sbatch is not installed"):
+        launch.run(launch.prepare("slurm", ["c.py"], {}))
     with pytest.raises(ConfigError, match="kubectl is not installed"):
         launch.run(launch.prepare("jobset-gpu", ["c.py"], SETTINGS["jobset-gpu"]))
 
@@ -535,6 +595,15 @@ def test_local_starts_again_when_a_process_is_lost(tmp_path):
     assert found.returncode == 0 and found.stderr.count("starting 2 processes again") == 2
     for name in "01":
         assert (tmp_path / f"log-{name}").read_text() == "2 train c.py --steps 3\n" * 3
+
+
+@pytest.mark.parametrize("codes", [(75, 143), (75, -15), (143, 143)])
+def test_local_asked_to_stop_before_there_was_anything_to_save(tmp_path, codes):
+    """Saved as far as there is anything: the same command goes on. Unasked, it does so itself."""
+    first, second = codes
+    leave = lambda code: "os.kill(os.getpid(), 15)" if code < 0 else f"sys.exit({code})"
+    found = local(tmp_path, f'sys.exit(0) if attempt > 1 else {leave(second)} if name == "1" else {leave(first)}', RESTARTS="0")
+    assert found.returncode == 0 and "exit 75: starting" in found.stderr
 
 
 def test_local_gives_up_on_an_error_and_on_too_many_losses(tmp_path):

@@ -127,6 +127,20 @@ def end_what_is_left(folder):
             os.kill(int(place.parent.name), signal.SIGKILL)
 
 
+def lose(run, rank):
+    """Kills the processes of one rank of a run."""
+    killed = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            said, known = (place / "cmdline").read_bytes(), (place / "environ").read_bytes()
+        except OSError:
+            continue
+        if str(run).encode() in said and b"embedjax" in said and f"\0SLURM_PROCID={rank}\0".encode() in b"\0" + known:
+            os.kill(int(place.name), signal.SIGKILL)
+            killed.append(place.name)
+    assert killed
+
+
 def tell(variables, *command):
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60).stdout
 
@@ -165,5 +179,7 @@ def test_a_job_is_requeued_and_resumes(slurm, tmp_path, config_file):
     # It went on where it had saved: no step is lost and none is made twice.
     assert steps(run)[: before + 5] == list(range(1, before + 6))
     assert saved == before
-    subprocess.run(["scancel", "--signal=TERM", job], env=slurm, check=True)
-    until("the job back in the queue again", lambda: "restart 2" in log.read_text(), 120)
+    # A process that is lost outright, as by the kernel for want of memory: srun's code is the signal's.
+    lose(run, rank=1)
+    until("the job back in the queue again", lambda: "restart 2" in log.read_text(), 240)
+    assert "exit 137" in log.read_text() and (tmp_path / f"embedjax-{job}.lost").read_text() == "1\n"
