@@ -44,7 +44,9 @@ def run(arguments: Sequence[str]) -> int:
     except EmbedjaxError as error:
         shared = isinstance(error, Saved | NonFiniteError) and supervise.facts.get("process")  # the first one tells
         return error.code if shared or isinstance(error, Elsewhere) else _fail(str(error), error.code)
-    except BrokenPipeError:
+    except BrokenPipeError as error:
+        if arguments[0] == "train":  # whose status goes on without a reader: it is a store that broke off
+            return _fail(f"a connection broke off ({error.strerror})", 4)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:

@@ -309,6 +309,12 @@ def test_changes_are_those_of_the_command_line(tiny_config):
     assert all(given(config, told) == made for told, made in found.items())
 
 
+def test_data_stays_a_multiple_of_the_slices(tiny_config):
+    config = changed(tiny_config, mesh={"slices": 2})
+    wide = {n: [told for told, _ in variants.smaller(config, n) if "fsdp" in told] for n in (2, 4, 8, 32)}
+    assert wide == {2: [], 4: ["--mesh.fsdp 2"], 8: ["--mesh.fsdp 4"], 32: ["--mesh.fsdp 16"]}
+
+
 @pytest.mark.parametrize(
     ("loss", "offered"),
     [
@@ -366,6 +372,8 @@ def test_the_largest_batch(tiny_config):
 def test_errors_of_the_other_process_are_its_own(tiny_config):
     with pytest.raises(ConfigError, match="not divisible by 3 devices"):
         ahead.plan(tiny_config, "cpu:3")
+    with pytest.raises(ConfigError, match="--search on cpu:2 needs --memory"):
+        ahead.plan(tiny_config, "cpu:2", search=True)
 
 
 @pytest.mark.slow
@@ -384,3 +392,5 @@ def test_a_plan_for_a_tpu(tiny_config):
     large = changed(config, data={"batch_size": 2**24}, optim={"cached": 1})
     refused = ahead.plan(large, "v5e:2x2", tries=0)
     assert not ahead.fits(refused) and refused["steps"][0]["needed_bytes"] > refused["limit_bytes"]
+    with pytest.raises(ConfigError, match="--topology v5e:3x3: the TPU compiler knows no such slice"):
+        ahead.plan(config, "v5e:3x3")

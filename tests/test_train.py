@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from embedjax import build, runs, sharding
+from embedjax import build, distributed, runs, sharding
 from embedjax import config as c
 from embedjax.checkpoint import Checkpoints
 from embedjax.config import Evaluate, Export, Model, MultipleNegatives, serialize
@@ -19,8 +19,10 @@ from embedjax.evaluate.encode import encode
 from embedjax.evaluate.tasks import retrieval
 from embedjax.load import load
 from embedjax.lock import hold
+from embedjax.metrics.progress import Progress
 from embedjax.metrics.writers import read_rows
 from embedjax.train import train
+from embedjax.watchdog import Watchdog
 
 TIMINGS = {"pairs_per_second", "data_wait"}
 
@@ -137,6 +139,31 @@ def test_a_changed_meaning_is_refused_and_named(tiny_config, tmp_path, use_devic
     assert train(free, folder).step == 1
     train(changed, folder, fresh=True)
     assert len([p for p in tmp_path.iterdir() if p.name.startswith("run.")]) == 1
+
+
+def test_the_watchdog_is_armed_wherever_a_compiled_step_is_waited_for(tiny_config, tmp_path, use_devices, monkeypatch):
+    """Also before a save, and before a shape that is new is dispatched."""
+    use_devices(1)
+    made, read, settled = [], [], []
+
+    class Kept(Watchdog):
+        def __init__(self, floor):
+            super().__init__(floor)
+            made.append(self)
+
+    armed = lambda: made[-1].armed and made[-1].armed[1]
+
+    def keep(kind, name, where):
+        old = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda self, *rest: (where.append(armed()), old(self, *rest))[1])
+
+    monkeypatch.setattr("embedjax.train.Watchdog", Kept)
+    keep(Progress, "read", read)
+    keep(distributed.Ballot, "settle", settled)
+    train(dataclasses.replace(tiny_config, steps=8, checkpoint=c.Checkpoint(every=3)), tmp_path / "run")
+    # The first step's wait is not armed: another process may be compiling it yet.
+    assert settled == ["step 3", "step 6", "step 8"]
+    assert read == [None, "step 3", "step 3", "step 5", "step 6", "step 6", "step 8", "step 8"]
 
 
 def test_a_held_folder_is_refused(tiny_config, tmp_path):
@@ -278,7 +305,7 @@ def test_labels_that_no_head_will_know_are_refused_before_training(tiny_config, 
         data=dataclasses.replace(tiny_config.data, sets=(*tiny_config.data.sets, LABELLED)),
         evaluate=Evaluate(tasks=(c.HeadAccuracy(c.File(str(file))),)),
     )
-    with pytest.raises(DataError, match="task 'head': the head knows no label 'evne'; did you mean 'even'"):
+    with pytest.raises(DataError, match="labels.tsv:3: task 'head': the head knows no label 'evne'; did you mean 'even'"):
         build.prepare(build.resolve(config))
     file.write_text(file.read_text().replace("evne", "even"))
     assert build.prepare(build.resolve(config))[0].labels == [("odd",), ("even",)]

@@ -1,6 +1,7 @@
 """What a person sees of a training run: the status line, and the rows of metrics behind it."""
 
 import math
+import os
 import shutil
 import sys
 import time
@@ -47,19 +48,23 @@ class Status:
         self.shown = time.monotonic()
         if self.live:
             width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be rewritten
-            self.stream.write(f"\r\x1b[K{text[:width]}")
+            self._write(f"\r\x1b[K{text[:width]}")
             self.dirty = True
         else:
-            self.stream.write(text + "\n")
-        self.stream.flush()
+            self._write(text + "\n")
 
     def line(self, text: str = "") -> None:
         """A line that stays."""
-        if self.dirty:
-            self.stream.write("\r\x1b[K")
-            self.dirty = False
-        self.stream.write(text + "\n")
-        self.stream.flush()
+        self._write("\r\x1b[K" * self.dirty + text + "\n")
+        self.dirty = False
+
+    def _write(self, text: str) -> None:
+        """Nobody may be left to read it, as after `| head`: what is shown goes on without them."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def status_text(step: int, steps: int, seconds_left: float, row: Mapping[str, float], ema: float) -> str:

@@ -10,6 +10,7 @@ import jax
 
 from embedjax import build, sharding
 from embedjax.config import Config
+from embedjax.config.errors import ConfigError
 from embedjax.metrics.pace import train_flops
 from embedjax.models.ops import PLATFORM
 from embedjax.plan.chips import Chip, Topology
@@ -29,7 +30,10 @@ def devices(topology: Topology) -> tuple[Any, ...]:
 
     several = {"num_slices": topology.slices} if topology.slices > 1 else {}
     name = f"{topology.kind}:{'x'.join(map(str, topology.shape))}"
-    return tuple(topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices)
+    try:
+        return tuple(topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(f"--topology {name}: the TPU compiler knows no such slice ({str(error).splitlines()[0]})") from None
 
 
 def measure(config: Config, topology: Topology, limit: float | None) -> list[dict[str, Any]]:

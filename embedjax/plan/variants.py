@@ -66,7 +66,8 @@ def _losses(config: Config) -> Iterator[tuple[str, Config]]:
 
 
 def _fsdp(config: Config, devices: int) -> tuple[str, Config] | None:
-    wide = next((n for n in (16, 8, 4, 2) if n > config.mesh.fsdp and devices % (n * config.mesh.tensor) == 0), None)
+    unit = config.mesh.tensor * config.mesh.slices  # data is a multiple of the slices
+    wide = next((n for n in (16, 8, 4, 2) if n > config.mesh.fsdp and devices % (n * unit) == 0), None)
     if wide is None or config.mesh.data != -1:
         return None
     return f"--mesh.fsdp {wide}", dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=wide))

@@ -14,6 +14,7 @@ def answer(request: dict[str, Any], say) -> dict[str, Any]:
     """The plan of a request; `say` is called with a line on what is being compiled."""
     from embedjax import build
     from embedjax.config import serialize
+    from embedjax.config.errors import ConfigError
     from embedjax.plan import chips, variants
     from embedjax.plan.measure import measure
 
@@ -26,6 +27,8 @@ def answer(request: dict[str, Any], say) -> dict[str, Any]:
         return measure(changed, topology, limit)
 
     if request["search"]:
+        if limit is None:
+            raise ConfigError(f"--search on {request['topology']} needs --memory: how much a device has is not known")
         seen: dict[int, list] = {}
 
         def fits(rows: int) -> bool:

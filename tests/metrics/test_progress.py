@@ -1,6 +1,7 @@
 """Rates, utilisation and what the status line says."""
 
 import io
+import os
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +99,16 @@ def test_a_terminal_gets_one_line_that_is_rewritten_and_a_file_plain_lines():
 def metrics(loss=1.0, bad=0):
     values = {"loss": loss, "grad_norm": 1.0, "learning_rate": 1e-3, "skipped": bad, "in_a_row": bad, "top1": 0.5}
     return {key: jnp.asarray(value) for key, value in values.items()}
+
+
+def test_a_reader_that_went_away_does_not_stop_what_is_shown():
+    """As after `embedjax train CONFIG | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        status = Status(stream)
+        for show in (status.line, status.show, status.line):
+            show("step 1")
 
 
 def test_the_status_line_has_what_a_person_looks_for():
