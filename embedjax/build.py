@@ -228,7 +228,13 @@ def parts(config: Config, mesh: jax.sharding.Mesh) -> Parts:
     trained_shapes, frozen = _partition(config, shapes)
     trained_shapes, stats_shapes = optim.statistics(trained_shapes)
     if "loss" in frozen:
-        raise ConfigError("optim.freeze matches loss/scale; set the loss's learn_scale to False instead")
+        path = sharding.path_of(jax.tree_util.tree_leaves_with_path({"loss": frozen["loss"]})[0][0])
+        instead = (
+            "; set the loss's learn_scale to False instead"
+            if path == "loss/scale"
+            else ", which is the loss's own; leave it to be trained"
+        )
+        raise ConfigError(f"optim.freeze matches {path}{instead}")
     if stats_shapes and config.optim.cached > 1:
         tower = next(iter(stats_shapes["towers"]))
         raise ConfigError(

@@ -99,7 +99,7 @@ def _read(batches: Batches, at: int, limit: int) -> Read:
     source, layout = batches.sources[at], batches.layouts[at]
     measured = np.zeros(total := len(source), bool)
     measured[np.linspace(0, total - 1, min(limit, total)).astype(int)] = True
-    plain = lambda texts: dataclasses.replace(texts, max_length=1 << 20, late=None)
+    plain = lambda texts: dataclasses.replace(texts, max_length=1 << 20, late=None, fills=False)
     whole = {name: plain(batches.texts[tower_column(name)]) for name in layout.texts}
     found = {name: Tally() for name in layout.names if name not in layout.mined}
     count, examples, told = 0, [], time.monotonic()

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from embedjax import config as c
 from embedjax.__main__ import run
+from embedjax.commands import COMMANDS
 from embedjax.config.errors import ConfigError
 from embedjax.config.load import from_file
 from embedjax.export import export
@@ -335,9 +336,29 @@ def test_a_length_beyond_the_positions(write_config, tmp_path, capsys):
     assert_fails(["train", config, "--run-dir", tmp_path / "run"], 2, "99", "16", capsys=capsys)
 
 
+def test_a_store_that_breaks_off_is_no_end_of_a_run(monkeypatch, capsys):
+    """A reader of the status that goes away is another matter; the status knows of it."""
+
+    def broken(arguments):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setitem(COMMANDS, "train", broken)
+    assert run(["train", "c.py"]) == 4
+    assert capsys.readouterr().err == "embedjax: a connection broke off (Broken pipe)\n"
+
+
 def test_a_freeze_that_matches_nothing(write_config, tmp_path, capsys):
     config = write_config(optim="Optim(freeze=('bloks',))")
     assert_fails(["train", config, "--run-dir", tmp_path / "run"], 2, "bloks", capsys=capsys)
+
+
+def test_a_freeze_of_what_the_loss_has(write_config, tmp_path, capsys):
+    columns = '{"anchor": "question", "positive": "answer"}, loss=MultipleNegatives(learn_scale=True)'
+    config = write_config(columns=columns, optim="Optim(freeze=('scale$',))")
+    assert_fails(["train", config, "--run-dir", tmp_path / "run"], 2, "loss/scale", "learn_scale to False", capsys=capsys)
+    columns = '{"anchor": "question", "label": "answer"}, loss=Classify(), labels=("a", "b"), name="kinds"'
+    config = write_config(columns=columns, optim="Optim(freeze=('^loss/kinds/',))")
+    assert_fails(["train", config, "--run-dir", tmp_path / "run"], 2, "loss/kinds/", "which is the loss's own", capsys=capsys)
 
 
 def damage_tensor(folder, change):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -70,6 +71,14 @@ def test_texts_are_cut_where_the_last_bucket_ends(faulty):
     assert "; 97.4% are cut to 4" in found["anchor"] and "; 0.0% are cut to 8" in found["positive"]
     tokens = [finding.removeprefix("tokens: ").split() for _, finding, _ in lines if finding.startswith("tokens: ")]
     assert len(tokens) == 6 and all(len(shown) == 4 for shown in tokens[::2]) and max(map(len, tokens)) > 4
+
+
+def test_lengths_of_texts_that_are_filled_are_their_own(faulty):
+    arch = c.SiglipText(vocab_size=128, width=16, depth=1, heads=2, mlp=32, positions=16)
+    tower = dataclasses.replace(faulty.model.towers["text"], arch=arch, max_length=16)
+    config = dataclasses.replace(faulty, model=c.Model({"text": tower}), evaluate=c.Evaluate(), export=c.Export("none"))
+    found = {what.strip(): (finding, well) for what, finding, well in survey(config) if what}
+    assert re.search(r"^mean \d\.\d tokens", found["positive"][0]), found["positive"]
 
 
 @pytest.mark.parametrize("kind", [c.Classification, c.KnnClassification])
