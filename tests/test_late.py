@@ -234,6 +234,26 @@ def test_what_does_not_fit_is_refused(loss, message):
 # ---- the tower
 
 
+@pytest.mark.parametrize("loss", [config.KlDistillation, config.MarginMse])
+def test_teachers_that_do_not_fit_are_refused(loss):
+    wide = {"wide": dataclasses.replace(TOWER, dense=(config.Dense(6, bias=False, activation="identity"),))}
+    pooled = {"pooled": config.Tower(arch=ARCH)}
+    model = dataclasses.replace(MODEL, towers={**MODEL.towers, **wide, **pooled})
+    towers = TOWERS | {
+        name: Embedder(ARCH, dense=tower.dense or (), late=tower.late) for name, tower in (wide | pooled).items()
+    }
+    make = lambda **names: objective.make(
+        task_of(loss(**names)), model, towers, sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+    )
+    make(teacher="wide")
+    with pytest.raises(ConfigError, match="teacher 'wize' is no tower; did you mean 'wise'"):
+        make(teacher="wize")
+    with pytest.raises(ConfigError, match="have widths {'wise': 8, 'wide': 6}"):
+        make(teacher="wise", document_teacher="wide")
+    with pytest.raises(ConfigError, match="'pooled'"):
+        make(teacher="pooled")
+
+
 def test_vectors_are_unit_and_blind_to_padding():
     embedder, column = TOWERS["text"], batch()["positive"]
     params = jax.jit(embedder.init)(jax.random.key(0))

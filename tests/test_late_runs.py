@@ -18,7 +18,7 @@ from embedjax.evaluate.encode import encode
 from embedjax.evaluate.late import encode_tokens, maxsim_own, maxsim_topk
 from embedjax.evaluate.tasks.side import pairwise
 from embedjax.evaluate.token_vectors import TokenVectors
-from embedjax.load import load
+from embedjax.load import load, read_start, resolve_tower
 from embedjax.sharding import make_mesh
 from embedjax.train import train
 
@@ -92,6 +92,18 @@ def test_a_run_learns_resumes_and_searches(late_config, run, pairs_file, tmp_pat
     knn = c.KnnClassification(c.File(str(pairs_file)), {"text": "question", "label": "answer"}, name="labels")
     with pytest.raises(ConfigError, match="late interaction is scored by Retrieval"):
         tasks.check_late(knn, model.config)
+
+
+def test_tokens_start_from_a_run_of_pooled_vectors_without_its_projection(late_config, tiny_config, tmp_path):
+    """Its projection is that of one vector; the encoder is taken."""
+    tower = dataclasses.replace(tiny_config.model.towers["text"], dense=(c.Dense(8, False, "identity"),))
+    pooled = dataclasses.replace(tiny_config, steps=1, model=c.Model({"text": tower}), evaluate=c.Evaluate())
+    train(pooled, tmp_path / "pooled")
+    start = resolve_tower(c.Tower(init=str(tmp_path / "pooled"), late=LATE))
+    assert start.dense == (c.Dense(128, False, "identity"),)
+    found, known = read_start(start), load(tmp_path / "pooled").params["towers"]["text"]
+    assert found.keys() == {"encoder"} and "dense" in known
+    jax.tree.map(np.testing.assert_array_equal, found["encoder"], known["encoder"])
 
 
 def test_topk_is_exact_on_a_mesh_with_empty_texts_and_ties():
