@@ -33,8 +33,9 @@ def _padding(g: Graph) -> str:
 
 def _counted(g: Graph, pad_id: int) -> str:
     """`layers.counted_positions`."""
-    counted = g.op("CumSum", "attention_mask", g.constant("axis", 1, np.int64))
-    return g.op("Add", g.op("Mul", counted, "attention_mask"), g.integers(pad_id))
+    here = g.op("Cast", g.op("Not", g.op("Equal", "input_ids", g.integers(pad_id))), to=g.onnx.TensorProto.INT64)
+    counted = g.op("CumSum", here, g.constant("axis", 1, np.int64))
+    return g.op("Add", g.op("Mul", counted, here), g.integers(pad_id))
 
 
 def _offsets(g: Graph) -> str:
