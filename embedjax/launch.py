@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from embedjax.config.errors import ConfigError, nearest
+from embedjax.config.load import function_of
 from embedjax.config.run import run_folder
 
 Settings = Mapping[str, str]
@@ -151,11 +152,11 @@ def _sky(files: Path, arguments: list[str], settings: Settings) -> Command:
 
 def _of_checkout(target: str, files: Path, arguments: list[str]) -> list[str]:
     """The arguments, the config as a path from the checkout, which is what the machines get. Raises ConfigError for another."""
-    root, given = files.parent, Path(arguments[0])
+    root, (given, _) = files.parent, function_of(Path(arguments[0]))
     place = (given if given.exists() else root / given).resolve()
     if not (place.is_file() and place.is_relative_to(root)):
         raise ConfigError(f"{given}: no file of {root}, which launch {target} copies to the machines: put the config there")
-    return [str(place.relative_to(root)), *arguments[1:]]
+    return [f"{place.relative_to(root)}{arguments[0].removeprefix(str(given))}", *arguments[1:]]
 
 
 def _settings(target: str, given: Settings, known: Mapping[str, str | None]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Trains a config on a TPU slice of Google Cloud: asks for it as a queued resource, waits for it, installs, runs the command
-# on all workers, and starts over when the slice is taken away or the run exits with 75 (saved) or 70 (a process was lost).
+# on all workers, and starts over when the slice is taken away or the run exits with 75 (saved), 70 (a process was lost) or by a signal.
 #
 #   NAME=pod ZONE=us-west4-a ACCELERATOR=v5litepod-256 NFS=10.0.0.2:/share RUN_DIR=/runs/x \
 #     launch/tpu_vm.sh configs/bert_base.py --data.sets.0.source.path 'gs://bucket/pairs/*.parquet'
@@ -38,8 +38,14 @@ fi
 where=(--zone "$ZONE")
 if [ -n "${PROJECT:-}" ]; then where+=(--project "$PROJECT"); fi
 checkout=$(cd "$(dirname "$0")/.." && pwd)
-config=${1:?the config is missing}
-if [ -z "${SOURCE:-}" ] && [ ! -f "$checkout/$config" ]; then fail "$config is no file of $checkout, which is copied to the workers"; fi
+config=${1:?the config is missing} # FILE.py or FILE.py:FUNCTION
+file=${config%.py:*}
+if [ "$file" != "$config" ]; then file=$file.py; fi
+if [ -n "${SOURCE:-}" ]; then
+  if [ ! -f "$file" ]; then fail "$file: no such config file"; fi
+elif [ ! -f "$checkout/$file" ]; then
+  fail "$file is no file of $checkout, which is copied to the workers"
+fi
 log=$(mktemp) errors=$(mktemp)
 trap 'rm -f "$log" "$errors"' EXIT
 
@@ -68,12 +74,17 @@ release() {
 
 # Waits until the slice is there; asks for it first, or anew.
 obtain() {
+  local found silent=0
   while true; do
-    case "$(state)" in
+    found=$(state)
+    case "$found" in
       ACTIVE) return ;;
       ABSENT) request || return 1 ;;
       FAILED | SUSPENDED | SUSPENDING) release ;;
     esac
+    # An answer may fail now and then; none at all is a wrong login or name.
+    if [ -n "$found" ]; then silent=0; else silent=$((silent + 1)); fi
+    if [ "$silent" -ge 10 ]; then return 1; fi
     sleep "${POLL:-30}"
   done
 }
@@ -88,7 +99,7 @@ install() {
   local clear="rm -rf embedjax-checkout" # or the copy would lie in that of another start
   if [ -n "${SOURCE:-}" ]; then
     what="--upgrade $(printf %q "$SOURCE")"
-    copied=("$config" "$NAME:embedjax-checkout/")
+    copied=("$file" "$NAME:embedjax-checkout/")
     clear="$clear && mkdir embedjax-checkout"
   fi
   on_all "$clear" || return
@@ -117,7 +128,7 @@ mount_runs() {
   on_all "mountpoint -q /runs || { $mount; }"
 }
 
-if [ -n "${SOURCE:-}" ]; then set -- "$(basename "$config")" "${@:2}"; fi
+if [ -n "${SOURCE:-}" ]; then set -- "$(basename "$file")${config#"$file"}" "${@:2}"; fi
 arguments=$(printf '%q ' "$@" --run-dir "$RUN_DIR")
 lost=0
 while true; do

@@ -62,7 +62,16 @@ def with_stubs(folder, **variables):
 
 @pytest.mark.parametrize(
     ("code", "lost", "requeued"),
-    [(0, 0, False), (75, 20, True), (70, 3, True), (70, 20, False), (137, 0, True), (139, 20, False), (2, 3, False)],
+    [
+        (0, 0, False),
+        (75, 20, True),
+        (70, 3, True),
+        (70, 20, False),
+        (137, 0, True),
+        (139, 20, False),
+        (2, 3, False),
+        (130, 0, False),
+    ],
 )
 def test_slurm_requeues_what_was_saved_or_lost(code, lost, requeued, tmp_path):
     """Those that were lost before are counted; those that were saved, as by a time limit, are not."""
@@ -117,13 +126,13 @@ def test_tpu_vm_copies_the_config_of_an_installed_package(tmp_path):
     stub(tmp_path, "gcloud", 'case "$*" in *describe*) echo ACTIVE;; *embedjax\\ train*) echo EMBEDJAX_EXIT=0;; esac')
     (tmp_path / "mine.py").write_text("")
     settings = {**SETTINGS["tpu-vm"], "poll": "0", "keep": "1", "source": "embedjax[tpu]"}
-    command = launch.prepare("tpu-vm", [str(tmp_path / "mine.py"), "--steps", "3"], settings)
+    command = launch.prepare("tpu-vm", [str(tmp_path / "mine.py:tiny"), "--steps", "3"], settings)
     found = subprocess.run(command.argv, env=with_stubs(tmp_path, **command.environment), capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     made = [call for call in calls(tmp_path) if "describe" not in call]
     assert made[0][-1] == "rm -rf embedjax-checkout && mkdir embedjax-checkout"
     assert [str(tmp_path / "mine.py"), "embedjax:embedjax-checkout/"] == made[1][6:8]
-    assert "cd embedjax-checkout && " in made[-1][-1] and "train mine.py --steps 3 --run-dir /runs/r" in made[-1][-1]
+    assert "cd embedjax-checkout && " in made[-1][-1] and "train mine.py:tiny --steps 3 --run-dir /runs/r" in made[-1][-1]
 
 
 def on_a_worker(tmp_path, settings):
@@ -175,12 +184,21 @@ def test_tpu_vm_refuses_a_flat_bucket(tmp_path, monkeypatch):
     assert found.returncode == 2 and "hierarchical namespace" in found.stderr and len(calls(tmp_path)) == 1
 
 
-def test_tpu_vm_refuses_a_config_that_is_not_copied(tmp_path):
+@pytest.mark.parametrize(("source", "told"), [("", f"c.py is no file of {ROOT}"), ("embedjax", "c.py: no such config file")])
+def test_tpu_vm_refuses_a_config_that_is_not_copied(tmp_path, source, told):
     stub(tmp_path, "gcloud", "")
-    given = {"NAME": "n", "ZONE": "z", "ACCELERATOR": "a", "RUN_DIR": "/runs/r", "NFS": "h:/s"}
-    command = ["bash", str(FILES / "tpu_vm.sh"), "c.py"]
+    given = {"NAME": "n", "ZONE": "z", "ACCELERATOR": "a", "RUN_DIR": "/runs/r", "NFS": "h:/s", "SOURCE": source}
+    command = ["bash", str(FILES / "tpu_vm.sh"), "c.py:f"]
     found = subprocess.run(command, env=with_stubs(tmp_path, **given), capture_output=True, text=True)
-    assert found.returncode == 2 and f"c.py is no file of {ROOT}" in found.stderr and not (tmp_path / "calls").exists()
+    assert found.returncode == 2 and told in found.stderr and not (tmp_path / "calls").exists()
+
+
+def test_tpu_vm_gives_up_where_it_is_never_answered(tmp_path):
+    stub(tmp_path, "gcloud", 'echo "ERROR: PERMISSION_DENIED" >&2; exit 1')
+    command = launch.prepare("tpu-vm", ["configs/clip.py:l14"], {**SETTINGS["tpu-vm"], "poll": "0"})
+    assert command.argv[-1] == "configs/clip.py:l14"
+    found = subprocess.run(command.argv, env=with_stubs(tmp_path, **command.environment), capture_output=True, text=True)
+    assert found.returncode == 1 and found.stderr.count("PERMISSION_DENIED") == len(calls(tmp_path)) == 10
 
 
 @pytest.mark.parametrize("changed", [{"RUN_DIR": "/home/r"}, {"RUN_DIR": "/runs/"}, {"NFS": ""}])
