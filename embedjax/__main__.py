@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
         shared = isinstance(error, Saved | NonFiniteError) and supervise.facts.get("process")  # the first one tells
         return error.code if shared or isinstance(error, Elsewhere) else _fail(str(error), error.code)
     except BrokenPipeError as error:
-        if arguments[0] == "train":  # whose status goes on without a reader: it is a store that broke off
+        if _heard():
             return _fail(f"a connection broke off ({error.strerror})", 4)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -64,6 +64,15 @@ def run(arguments: Sequence[str]) -> int:
         reason = next(line for line in str(error).splitlines() if "RESOURCE_EXHAUSTED" in line)
         return _fail(f"the device is out of memory: a smaller data.batch_size, remat or optim.cached needs less ({reason})", 2)
     return 0
+
+
+def _heard() -> bool:
+    """Whether standard output still has a reader. A run of training goes on without: its status sees to that."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return False
+    return True
 
 
 def _fail(message: str, code: int) -> int:

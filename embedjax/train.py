@@ -143,19 +143,19 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
         ended.callback(trace.stop)
         ballot = distributed.Ballot(run.mesh)
         watchdog = ended.enter_context(Watchdog(config.distributed.step))
-        pending, fresh = None, False  # whether the pending step was the first of its shape: another process may compile yet
-        usual = lambda: None if fresh else progress.pace.usual()
+        pending, compiling = None, False  # whether the pending step is the first of its shape: another process may compile yet
+        usual = lambda *compiling: None if any(compiling) else progress.pace.usual()
         for n in range(start + 1, config.steps + 1):
             with progress.waiting():
                 task, columns = ballot.draw(batches, functools.partial(run.batches.blank, n - 1))
             shape = build.shape_name(task, columns)
             if pending and progress.is_new(shape):  # this dispatch compiles: not to be counted as the time of the last step
-                with watchdog.waiting(f"step {n - 1}", usual()):
+                with watchdog.waiting(f"step {n - 1}", usual(compiling)):
                     progress.read(*pending)
                 pending = None
             trace.before(n)
-            fresh = progress.is_new(shape)
-            with watchdog.waiting(f"step {n}", usual()):
+            before, compiling = bool(pending) and compiling, progress.is_new(shape)
+            with watchdog.waiting(f"step {n}", usual(before, compiling)):
                 state, found = run.steps[task](state, constants, sharding.place(columns, run.mesh))
                 trace.after(n, found)
                 stop = ballot.cast(stopped.is_set()) and n < config.steps
@@ -163,7 +163,7 @@ def train(config: Config, folder: Path | None = None, *, fresh: bool = False, pr
                     progress.read(*pending)
             pending = (n, shape, build.step_flops(run, columns), found)
             if stop or due(n) or n % config.checkpoint.every == 0 or mining_due(run.mined, n):
-                with watchdog.waiting(f"step {n}", usual()):
+                with watchdog.waiting(f"step {n}", usual(compiling)):
                     ballot.settle()
                     progress.read(*pending)
                 pending = None

@@ -336,8 +336,17 @@ def test_a_length_beyond_the_positions(write_config, tmp_path, capsys):
     assert_fails(["train", config, "--run-dir", tmp_path / "run"], 2, "99", "16", capsys=capsys)
 
 
+def test_a_reader_that_goes_away_ends_a_command_well(monkeypatch):
+    """As after `embedjax train CONFIG --dry-run | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setitem(COMMANDS, "train", lambda arguments: print("a line", flush=True))
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        assert run(["train", "c.py", "--dry-run"]) == 0
+
+
 def test_a_store_that_breaks_off_is_no_end_of_a_run(monkeypatch, capsys):
-    """A reader of the status that goes away is another matter; the status knows of it."""
 
     def broken(arguments):
         raise BrokenPipeError(32, "Broken pipe")
@@ -356,6 +365,9 @@ def test_a_freeze_of_what_the_loss_has(write_config, tmp_path, capsys):
     columns = '{"anchor": "question", "positive": "answer"}, loss=MultipleNegatives(learn_scale=True)'
     config = write_config(columns=columns, optim="Optim(freeze=('scale$',))")
     assert_fails(["train", config, "--run-dir", tmp_path / "run"], 2, "loss/scale", "learn_scale to False", capsys=capsys)
+    columns = '{"anchor": "question", "positive": "answer"}, loss=Siglip()'
+    config = write_config(columns=columns, optim="Optim(freeze=('bias$',))")
+    assert_fails(["train", config, "--run-dir", tmp_path / "run"], 2, "loss/bias", "learn_bias to False", capsys=capsys)
     columns = '{"anchor": "question", "label": "answer"}, loss=Classify(), labels=("a", "b"), name="kinds"'
     config = write_config(columns=columns, optim="Optim(freeze=('^loss/kinds/',))")
     assert_fails(["train", config, "--run-dir", tmp_path / "run"], 2, "loss/kinds/", "which is the loss's own", capsys=capsys)
