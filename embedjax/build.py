@@ -229,11 +229,8 @@ def parts(config: Config, mesh: jax.sharding.Mesh) -> Parts:
     trained_shapes, stats_shapes = optim.statistics(trained_shapes)
     if "loss" in frozen:
         path = sharding.path_of(jax.tree_util.tree_leaves_with_path({"loss": frozen["loss"]})[0][0])
-        instead = (
-            "; set the loss's learn_scale to False instead"
-            if path == "loss/scale"
-            else ", which is the loss's own; leave it to be trained"
-        )
+        learned = path.removeprefix("loss/") if path in optim.OF_THE_LOSS else ""
+        instead = f"; set the loss's learn_{learned} to False instead" if learned else ", which is the loss's own: leave it out"
         raise ConfigError(f"optim.freeze matches {path}{instead}")
     if stats_shapes and config.optim.cached > 1:
         tower = next(iter(stats_shapes["towers"]))

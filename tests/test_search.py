@@ -123,7 +123,7 @@ def test_the_command_searches_in_stages(model, tmp_path, monkeypatch, capsys):
         ("--funnel", "4:int8"): "stage '4:int8'; it must be DIM:PRECISION:SHORTLIST",
         ("--funnel", "4:int7:3"): "no precision 'int7'.*int8",
         ("--funnel", "4:int8:3", "--dim", "2"): "must know more",
-        ("--funnel", "4:int8:3", "--pool", "2"): "for late interaction, --dim and --funnel for one vector",
+        ("--funnel", "4:int8:3", "--pool", "2"): "for late interaction, --funnel for one vector",
         ("--first", "bm25"): "are for late interaction; tiny has one vector a text",
     }.items():
         with pytest.raises(ConfigError, match=said):

@@ -74,9 +74,12 @@ def test_texts_are_cut_where_the_last_bucket_ends(faulty):
 
 
 def test_lengths_of_texts_that_are_filled_are_their_own(faulty):
-    arch = c.SiglipText(vocab_size=128, width=16, depth=1, heads=2, mlp=32, positions=16)
+    arch = c.SiglipText(vocab_size=128, width=16, depth=1, heads=2, mlp=32, positions=16, pad_id=0)
     tower = dataclasses.replace(faulty.model.towers["text"], arch=arch, max_length=16)
-    config = dataclasses.replace(faulty, model=c.Model({"text": tower}), evaluate=c.Evaluate(), export=c.Export("none"))
+    data = dataclasses.replace(faulty.data, buckets=())
+    config = dataclasses.replace(
+        faulty, model=c.Model({"text": tower}), data=data, evaluate=c.Evaluate(), export=c.Export("none")
+    )
     found = {what.strip(): (finding, well) for what, finding, well in survey(config) if what}
     assert re.search(r"^mean \d\.\d tokens", found["positive"][0]), found["positive"]
 

@@ -76,9 +76,10 @@ def test_the_commands_take_it(model, tmp_path, monkeypatch, capsys, format):
     assert found[0] == found[1] and [line.split()[2] for line in found[0]] == [line.split()[2] for line in wanted]
 
 
-def test_what_has_no_such_prefix(model, two_towers):
+def test_what_has_no_such_prefix(model):
     for dim in (0, 9):
         with pytest.raises(ConfigError, match=f"{dim} numbers of a token's vector were asked for; those of here have 8"):
             first_numbers(model, dim)
-    with pytest.raises(ConfigError, match="has one vector a text"):
-        first_numbers(two_towers, 4)
+    pooled = c.Model({"text": dataclasses.replace(model.config.towers["text"], late=None)})
+    with pytest.raises(ConfigError, match="here has one vector a text"):
+        first_numbers(dataclasses.replace(model, config=pooled), 4)

@@ -30,8 +30,8 @@ class MtebEncoder:
     def encode(self, inputs: Iterable[Mapping], *, task_metadata: Any, prompt_type: Any = None, **_: Any) -> Vectors:
         """Vectors of batches of texts. Queries and documents are encoded by their towers, with the prompts of these roles.
 
-        A prompt or adapter goes before these if it is named after the task and the role (`SciFact-query`), the task, the task's
-        type and the role (`Retrieval-query`), or the type.
+        What is named after the task, or else after the task's type, goes before these: a prompt of the role (`SciFact-query`,
+        `Retrieval-query`) or of both, and an adapter.
         """
         texts = [text for batch in inputs for text in batch["text"]]
         column = prompt_type.value if prompt_type else "anchor"

@@ -81,7 +81,7 @@ def search(
     options = {"task": task, "mesh": mesh, "cache": cache, "progress": progress}
     if model.config.late:
         if isinstance(how, Compared):
-            raise ConfigError(f"Compared is for models of one vector a text; {model.origin} compares tokens, as a How says")
+            raise ConfigError(f"a funnel (Compared) is for models of one vector a text; {model.origin} compares tokens")
         assert isinstance(corpus, Corpus) and isinstance(query, str), "a model of late interaction has towers of texts alone"
         best = nearest(model, corpus, query, k, how or How(), **options)
         return [Hit(n, score, *corpus.shown(row), match) for n, (score, row, match) in enumerate(best, 1)]

@@ -90,7 +90,8 @@ class Comparison:
 
         def value(params, vectors):
             learned = params["loss"]
-            fixed = loss.scale or (20.0 if self.similarity == "cosine" else 1.0)
+            on_cosines = 10.0 if isinstance(loss, config.Siglip) else 20.0
+            fixed = loss.scale or (on_cosines if self.similarity == "cosine" else 1.0)
             scale = jax.numpy.exp(learned["scale"]) if loss.learn_scale else fixed
             return whole(pairs._replace(anchor=vectors[0], candidates=vectors[1]), rule, scale, learned.get("bias", 0.0))[0]
 
