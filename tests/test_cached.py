@@ -205,7 +205,7 @@ def plain(cell):
 
 
 # The others hold what `slow` takes apart.
-USUAL = ("two chunks", "tensor", "frozen, remat, fsdp", "teacher, remat, fsdp", "everything")
+USUAL = ("two chunks", "tensor", "teacher, remat, fsdp", "everything")
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ def test_a_tower_that_stands_still_has_no_optimiser_state_and_no_backward_pass(c
         assert 0.8 * least * forward(name) < most - cost < 2.6 * forward(name)
 
 
+@pytest.mark.slow
 def test_the_upper_layers_of_a_tower_may_be_unlocked(shards, tmp_path):
     image = config.ImageTower(VIT, dense=HEAD, freeze_layers=1)
     parts, cost = compiled(make(image=image))

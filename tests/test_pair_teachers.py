@@ -141,18 +141,14 @@ def test_the_value_and_gradient_of_the_formula():
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-3, atol=1e-5 * largest), grads["towers"], dict(wanted))
 
 
-FEW = {
-    ("scores", 2, 4),
-    ("scores, prefixes", 1, 8),
-    ("own candidates", 2, 2),
-}
+USUAL = ("own candidates", 2, 2)
 # Each loss on every number of devices, whole or in chunks in turn.
 TABLE = {(name, 2 if n == 1 else 1 + (i + j) % 2, n) for i, name in enumerate(LOSSES) for j, n in enumerate((1, 2, 4, 8))}
-CELLS = sorted(FEW | TABLE)
+CELLS = sorted({USUAL, ("scores", 2, 4), ("scores, prefixes", 1, 8)} | TABLE)
 
 
 @pytest.mark.parametrize(
-    ("name", "cached", "devices"), [pytest.param(*c, marks=[] if c in FEW else [pytest.mark.slow]) for c in CELLS]
+    ("name", "cached", "devices"), [pytest.param(*c, marks=[] if c == USUAL else [pytest.mark.slow]) for c in CELLS]
 )
 def test_in_chunks_and_on_several_devices_it_is_the_same(name, cached, devices):
     value, grads = gradient(LOSSES[name], devices=devices, cached=cached)
@@ -162,6 +158,7 @@ def test_in_chunks_and_on_several_devices_it_is_the_same(name, cached, devices):
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5 * largest), grads, known)
 
 
+@pytest.mark.slow
 def test_the_teacher_stands_still_and_the_student_comes_nearer():
     made = made_config(LOSSES["scores"], cached=2, steps=12)
     mesh = sharding.make_mesh(config.Mesh(2), jax.devices()[:2])

@@ -265,6 +265,7 @@ def test_what_pictures_cannot_be(config, tmp_path):
     refused("task 'zero-shot', tower 'text': dims holds 17", evaluate=c.Evaluate(tasks=(dims,)))
 
 
+@pytest.mark.slow
 def test_pictures_learn_what_they_show(config, tmp_path):
     """Colour and shape of pictures drawn anew are found by their names, far above chance."""
     data = io.StringIO()
