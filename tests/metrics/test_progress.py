@@ -109,6 +109,7 @@ def test_a_reader_that_went_away_does_not_stop_what_is_shown():
         status = Status(stream)
         for show in (status.line, status.show, status.line):
             show("step 1")
+        assert os.path.samestat(os.fstat(stream.fileno()), os.stat(os.devnull))  # what comes later is not tried in vain
 
 
 def test_the_status_line_has_what_a_person_looks_for():
